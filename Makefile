@@ -1,0 +1,48 @@
+# Every target that runs Python first brings .venv up to date (instant when nothing changed).
+
+PYTHON := .venv/bin/python
+TESTS ?= tests
+
+# Tests and examples stay offline and send nothing anywhere.
+export HF_HUB_OFFLINE := 1
+export VLLM_NO_USAGE_STATS := 1
+export DO_NOT_TRACK := 1
+export TOKENIZERS_PARALLELISM := false
+# GiB of KV cache of an engine on CPU; the models used here need little.
+VLLM_CPU_KVCACHE_SPACE ?= 1
+VLLM_LOGGING_LEVEL ?= WARNING
+export VLLM_CPU_KVCACHE_SPACE VLLM_LOGGING_LEVEL
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check check-static format lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## create .venv from requirements.lock
+	@scripts/setup.sh
+
+demo: setup ## several agents sharing memories on a real vLLM engine
+	@$(PYTHON) examples/multi_agent_demo.py
+
+test: check-static ## static checks and all tests (TESTS=path limits the tests)
+	@$(PYTHON) -m pytest $(TESTS)
+
+check: check-static ## static checks and the unit tests, without vLLM
+	@$(PYTHON) -m pytest tests/unit
+
+check-static: setup ## formatting, lint and types
+	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m mypy --strict kv_agent
+
+format: setup ## format the code and fix what lint can fix
+	@$(PYTHON) -m ruff format .
+	@$(PYTHON) -m ruff check --fix .
+
+lock: setup ## renew requirements.lock (PIP_ARGS=... goes to pip)
+	@$(PYTHON) scripts/lock.py $(PIP_ARGS)
+
+clean: ## remove caches and build outputs; .venv stays
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

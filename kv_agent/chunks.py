@@ -1,0 +1,151 @@
+"""Values everyone may import: scopes, keys, chunk and turn records. No tensors, no I/O.
+
+Keys are 128-bit BLAKE2b digests in hexadecimal. A *chain key* names tokens in their context, so equal
+chain keys mean bit-identical KV; a *content key* names the tokens alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NewType
+
+from kv_agent.errors import ConfigError
+
+Fingerprint = NewType("Fingerprint", str)
+ChunkKey = NewType("ChunkKey", str)
+ContentKey = NewType("ContentKey", str)
+TurnId = NewType("TurnId", str)
+
+_DIGEST_BYTES = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scope:
+    """Whose memory this is. Look-ups never leave ``namespace`` and ``user_id``; the rest narrows."""
+
+    namespace: str = "default"
+    user_id: str = "default"
+    agent_id: str | None = None
+    session_id: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("namespace", "user_id"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name} must be a non-empty string")
+        for name in ("agent_id", "session_id"):
+            if getattr(self, name) == "":
+                raise ConfigError(f"{name} must be a non-empty string, or None for all")
+
+    def admits(self, other: Scope) -> bool:
+        """Whether a look-up in this scope may see something stored in ``other``."""
+        return (
+            self.namespace == other.namespace
+            and self.user_id == other.user_id
+            and self.agent_id in (None, other.agent_id)
+            and self.session_id in (None, other.session_id)
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkRecord:
+    """One stored chunk without its tensor: what the catalog knows about it.
+
+    ``start`` is the position of its first token when it was computed. ``parent`` is the chain key of its
+    context. The bytes are tensor ``tensor`` in file ``blob`` (relative to the store), ``[L, 2, T, H, D]``.
+    """
+
+    key: ChunkKey
+    content_key: ContentKey
+    parent: ChunkKey
+    fingerprint: Fingerprint
+    namespace: str
+    user_id: str
+    start: int
+    token_ids: tuple[int, ...]
+    blob: str
+    tensor: str
+    sha256: str
+    num_bytes: int
+    quarantined: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnRecord:
+    """What the user sees as one memory: a turn or an ingested document and the chunks that hold it."""
+
+    turn_id: TurnId
+    scope: Scope
+    fingerprint: Fingerprint
+    chunk_keys: tuple[ChunkKey, ...]
+    num_tokens: int
+    text: str
+    created: float
+    metadata: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexChange:
+    """One step of the catalog's history that an index follows, in ``seq`` order.
+
+    ``vector`` is the chunk's pooled keys as little-endian float32 bytes; ``None`` means the memory
+    went away and must no longer be found.
+    """
+
+    seq: int
+    entry_id: int
+    chunk_key: ChunkKey
+    content_key: ContentKey
+    turn_id: TurnId
+    scope: Scope
+    vector: bytes | None
+
+
+def _digest(kind: bytes, *parts: bytes) -> str:
+    hasher = hashlib.blake2b(digest_size=_DIGEST_BYTES, person=kind)
+    for part in parts:
+        hasher.update(len(part).to_bytes(8, "little"))
+        hasher.update(part)
+    return hasher.hexdigest()
+
+
+def token_bytes(token_ids: Sequence[int]) -> bytes:
+    """Token ids as 32-bit integers; the form that keys hash and the catalog stores."""
+    return array("i", token_ids).tobytes()
+
+
+def tokens_from_bytes(data: bytes) -> tuple[int, ...]:
+    """Inverse of :func:`token_bytes`."""
+    ids = array("i")
+    ids.frombytes(data)
+    return tuple(ids)
+
+
+def root_key(fingerprint: Fingerprint, namespace: str, user_id: str) -> ChunkKey:
+    """Chain key of the empty context of one user's sequences."""
+    return ChunkKey(_digest(b"root", fingerprint.encode(), namespace.encode(), user_id.encode()))
+
+
+def chain_key(parent: ChunkKey, token_ids: Sequence[int]) -> ChunkKey:
+    """Chain key of ``token_ids`` computed right after the context ``parent``."""
+    return ChunkKey(_digest(b"chain", parent.encode(), token_bytes(token_ids)))
+
+
+def adapted_key(parent: ChunkKey, moved: ChunkKey) -> ChunkKey:
+    """Chain key of a context that goes on with chunk ``moved``, put there by adapted reuse.
+
+    It differs from every computed context, so what is computed after it is never taken for exact KV
+    of the plain token sequence.
+    """
+    return ChunkKey(_digest(b"adapted", parent.encode(), moved.encode()))
+
+
+def content_key(fingerprint: Fingerprint, token_ids: Sequence[int]) -> ContentKey:
+    """Key of the same tokens in any context."""
+    return ContentKey(_digest(b"content", fingerprint.encode(), token_bytes(token_ids)))

@@ -1,0 +1,109 @@
+"""Configuration and request fields as they enter from outside: parsed once, unknown keys are errors.
+
+``PluginConfig`` is the object under ``kv_agent`` in vLLM's ``kv_connector_extra_config``;
+``RequestOptions`` is the object under ``kv_agent`` in a request's ``kv_transfer_params``.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kv_agent.chunks import Scope
+from kv_agent.errors import ConfigError
+
+STORE_ENV = "KV_AGENT_STORE"
+
+Name = Annotated[str, Field(min_length=1, max_length=256)]
+M = TypeVar("M", bound=BaseModel)
+
+
+def default_store_dir() -> Path:
+    """``KV_AGENT_STORE`` if set, else ``kv_agent`` in the user's cache folder."""
+    if chosen := os.environ.get(STORE_ENV):
+        return Path(chosen).expanduser()
+    cache = os.environ.get("XDG_CACHE_HOME")
+    try:
+        base = Path(cache) if cache else Path.home() / ".cache"
+    except RuntimeError:  # no home folder, as in some containers
+        base = Path(tempfile.gettempdir())
+    return base / "kv_agent"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PluginConfig(_Strict):
+    """Settings of the connector, the same for scheduler and workers."""
+
+    store: Path = Field(default_factory=default_store_dir)
+    chunk_tokens: int = Field(default=256, ge=1, le=65_536)
+    host_bytes: int = Field(default=1 << 30, ge=0)
+    queue_bytes: int = Field(default=512 << 20, gt=0)
+    pooled_layers: tuple[int, ...] = Field(default=(0,), min_length=1)
+    load_threads: int = Field(default=2, ge=1, le=64)
+    hot: Literal["host", "device"] = "host"
+
+
+class Placement(_Strict):
+    """Put chunk ``chunk_id`` at token positions ``[start, start + its length)`` of the prompt."""
+
+    chunk_id: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    start: int = Field(ge=0)
+
+
+class PlanOptions(_Strict):
+    """Which chunks go where; tokens from ``fresh_start`` on are the fresh turn, always computed."""
+
+    placements: tuple[Placement, ...] = Field(max_length=65_536)
+    fresh_start: int = Field(ge=0)
+
+
+class ProbeOptions(_Strict):
+    """Return pooled pre-RoPE keys of prompt tokens ``[start, end)``; ``end`` defaults to the prompt's."""
+
+    start: int = Field(default=0, ge=0)
+    end: int | None = Field(default=None, gt=0)
+
+
+class ScopeOptions(_Strict):
+    """A :class:`Scope` as it comes in a request."""
+
+    namespace: Name = "default"
+    user_id: Name = "default"
+    agent_id: Name | None = None
+    session_id: Name | None = None
+
+    def to_scope(self) -> Scope:
+        return Scope(**self.model_dump())
+
+
+class RequestOptions(_Strict):
+    """What one request asks of the plugin.
+
+    ``content_start`` says where the turn's own content begins: tokens before it (a system prompt,
+    say) are stored as context but never returned by a search. Without it the new tokens are the content.
+    """
+
+    scope: ScopeOptions | None = None
+    store: bool = True
+    content_start: int | None = Field(default=None, ge=0)
+    metadata: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    plan: PlanOptions | None = None
+    probe: ProbeOptions | None = None
+
+
+def parse(model: type[M], raw: Mapping[str, Any] | None, where: str) -> M:
+    """Validate ``raw``; raises :class:`ConfigError` naming the field and the place it came from."""
+    try:
+        return model.model_validate(dict(raw or {}))
+    except ValidationError as err:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'value'}: {e['msg']}" for e in err.errors())
+        known = ", ".join(model.model_fields)
+        raise ConfigError(f"{where}: {problems} (known keys: {known})") from err

@@ -1,0 +1,1 @@
+"""How memory talks to an engine."""

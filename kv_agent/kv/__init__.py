@@ -1,0 +1,1 @@
+"""Pure tensor functions on KV: rotary position embedding and block layouts."""

@@ -1,0 +1,240 @@
+"""``CacheManager``: one engine, one store and one index, shared by all memories of a process."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from kv_agent.chunks import ChunkKey, ChunkRecord, Fingerprint, Scope, TurnId, chain_key, root_key
+from kv_agent.config import default_store_dir
+from kv_agent.engines.base import Call, Completion, Engine
+from kv_agent.errors import ConfigError, KVAgentError
+from kv_agent.prompting import ChatPrompts
+from kv_agent.retrieval.engine import RetrievalEngine
+from kv_agent.storage.store import LocalStore
+
+logger = logging.getLogger(__name__)
+
+Backend = Literal["auto", "gpu", "cpu"]
+
+BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "examples" / "models" / "recall-3m"
+
+DURABLE_TIMEOUT_S = 60.0
+_POLL_S = 0.002
+
+
+class CacheManager:
+    """Opens the engine with the plugin, the store and the index; close it, or use it in a ``with``.
+
+    ``engine`` is ``"vllm"`` or an object with the :class:`~kv_agent.engines.base.Engine` methods that
+    captures into the same ``store``. ``backend`` says where hot KV is kept: ``"gpu"`` in GPU memory,
+    ``"cpu"`` in host memory. Further keywords go to ``vllm.LLM``; ``settings`` are the plugin's own
+    (``chunk_tokens``, ``host_bytes``, ...).
+    """
+
+    def __init__(
+        self,
+        engine: Literal["vllm"] | Engine = "vllm",
+        *,
+        model: str | Path | None = None,
+        store: str | Path | None = None,
+        backend: Backend = "auto",
+        settings: Mapping[str, Any] | None = None,
+        **engine_options: Any,
+    ) -> None:
+        self._lock = threading.RLock()
+        self._pending: set[TurnId] = set()
+        self._attached: set[tuple[str, str]] = set()
+        self._closed = False
+        root = Path(store).expanduser() if store is not None else default_store_dir()
+        hot = "device" if _resolve_backend(backend) == "gpu" else "host"
+        self._store = LocalStore(root, host_bytes=0)
+        try:
+            self._engine = (
+                _start_vllm(model, root, {"hot": hot, **(settings or {})}, engine_options)
+                if engine == "vllm"
+                else engine
+            )
+        except BaseException:
+            self._store.close()
+            raise
+        if isinstance(self._engine, str):
+            raise ConfigError(f'engine must be "vllm" or an engine object, got {self._engine!r}')
+        self._index = RetrievalEngine(self._store.catalog, self._engine.fingerprint, root / "index")
+        self.prompts = ChatPrompts(self._engine.tokenizer)
+
+    # -- what users call ----------------------------------------------------------------------------
+
+    def store_kv(
+        self,
+        prompt: str,
+        response: str = "",
+        *,
+        scope: Scope | None = None,
+        system_prompt: str | None = None,
+        metadata: Mapping[str, str | int | float | bool] | None = None,
+    ) -> TurnId | None:
+        """Compute a turn once and keep its KV as a memory; ``None`` if it could not be captured.
+
+        Without ``scope`` it belongs to the one user whose :class:`AgentMemory` is open on this manager,
+        or to the default user when there is none.
+        """
+        scope = scope or self._only_scope()
+        self.ensure_prefix(scope, system_prompt)
+        prefix = self.prompts.prefix(system_prompt)
+        token_ids = prefix + self.prompts.turn(prompt, response)
+        self._check_length(len(token_ids) + 1)
+        call = Call(
+            token_ids=token_ids,
+            max_tokens=1,
+            options={
+                "scope": scope_options(scope),
+                "content_start": len(prefix),
+                "metadata": dict(metadata or {}),
+            },
+        )
+        return self.run(call).turn_id
+
+    def wait_durable(self, timeout_s: float = DURABLE_TIMEOUT_S) -> bool:
+        """Wait until every turn captured through this manager is on disk and can be found."""
+        deadline = time.monotonic() + timeout_s
+        with self._lock:
+            while self._pending:
+                self._pending -= self._store.catalog.known_turns(self._pending)
+                if self._pending and time.monotonic() > deadline:
+                    logger.warning(
+                        "%d captured turns are not on disk after %.0f s", len(self._pending), timeout_s
+                    )
+                    self._pending.clear()
+                    return False
+                if self._pending:
+                    time.sleep(_POLL_S)
+        return True
+
+    def stats(self) -> dict[str, int]:
+        """Numbers of turns, chunks, tokens and bytes in the store, all users together."""
+        return self._store.stats()
+
+    def close(self) -> None:
+        """Wait until what was captured is durable, then stop the engine. Calling it again is harmless."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self.wait_durable()
+            self._index.close()
+        finally:
+            self._engine.close()
+            self._store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- what AgentMemory builds on -----------------------------------------------------------------
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        return self._engine.fingerprint
+
+    @property
+    def max_model_len(self) -> int:
+        return self._engine.max_model_len
+
+    @property
+    def store(self) -> LocalStore:
+        return self._store
+
+    @property
+    def index(self) -> RetrievalEngine:
+        return self._index
+
+    def attach(self, scope: Scope) -> None:
+        """Note that a memory of this user is open; see :meth:`store_kv`."""
+        self._attached.add((scope.namespace, scope.user_id))
+
+    def run(self, call: Call) -> Completion:
+        """Run one call and remember what it captured, for :meth:`wait_durable`."""
+        if self._closed:
+            raise KVAgentError("this CacheManager is closed; open a new one")
+        with self._lock:
+            (completion,) = self._engine.run([call])
+            if completion.turn_id is not None:
+                self._pending.add(completion.turn_id)
+        return completion
+
+    def prefix_record(self, scope: Scope, system_prompt: str | None) -> ChunkRecord | None:
+        """The stored chunk of the prompt's prefix, ``None`` if there is no prefix or it is not stored."""
+        prefix = self.prompts.prefix(system_prompt)
+        if not prefix:
+            return None
+        root = root_key(self.fingerprint, scope.namespace, scope.user_id)
+        record = self._store.catalog.chunks([key := chain_key(root, prefix)]).get(key)
+        return record if record is not None and not record.quarantined else None
+
+    def ensure_prefix(self, scope: Scope, system_prompt: str | None) -> None:
+        """Store the prefix as a chunk of its own, so that memories can be placed right behind it."""
+        prefix = self.prompts.prefix(system_prompt)
+        if not prefix or self.prefix_record(scope, system_prompt) is not None:
+            return
+        self._check_length(len(prefix) + 1)
+        options = {"scope": scope_options(scope), "content_start": len(prefix)}
+        self.run(Call(token_ids=prefix, max_tokens=1, options=options))
+        self.wait_durable()
+
+    def chunk_records(self, keys: Sequence[ChunkKey]) -> dict[ChunkKey, ChunkRecord]:
+        return self._store.catalog.chunks(keys)
+
+    def _only_scope(self) -> Scope:
+        if len(self._attached) > 1:
+            raise ConfigError(
+                "memories of several users are open; say whose this is: store_kv(..., scope=Scope(...))"
+            )
+        for namespace, user_id in self._attached:
+            return Scope(namespace=namespace, user_id=user_id)
+        return Scope()
+
+    def _check_length(self, num_tokens: int) -> None:
+        if num_tokens > self.max_model_len:
+            raise ConfigError(
+                f"the text needs {num_tokens} tokens, the model takes {self.max_model_len}; split it into parts"
+            )
+
+
+def scope_options(scope: Scope) -> dict[str, str | None]:
+    """A scope as request fields."""
+    return {
+        "namespace": scope.namespace,
+        "user_id": scope.user_id,
+        "agent_id": scope.agent_id,
+        "session_id": scope.session_id,
+    }
+
+
+def _resolve_backend(backend: Backend) -> Literal["gpu", "cpu"]:
+    import torch
+
+    if backend not in ("auto", "gpu", "cpu"):
+        raise ConfigError(f'backend must be "auto", "gpu" or "cpu", got {backend!r}')
+    if backend == "gpu" and not torch.cuda.is_available():
+        raise ConfigError('backend="gpu" needs a CUDA GPU and none is available; use backend="cpu" or "auto"')
+    return "gpu" if torch.cuda.is_available() and backend != "cpu" else "cpu"
+
+
+def _start_vllm(
+    model: str | Path | None, root: Path, settings: dict[str, Any], options: dict[str, Any]
+) -> Engine:
+    from kv_agent.engines.vllm_local import VllmEngine
+
+    if model is None and not BUNDLED_MODEL.is_dir():
+        raise ConfigError("no model given and the bundled one is not installed; pass model=NAME_OR_FOLDER")
+    return VllmEngine(model or BUNDLED_MODEL, {"store": str(root.resolve()), **settings}, **options)

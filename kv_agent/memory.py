@@ -1,0 +1,226 @@
+"""``AgentMemory``: what one user, agent or session has lived through, to search and to answer with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from kv_agent.chunks import ChunkKey, Scope, TurnId, TurnRecord
+from kv_agent.engines.base import Call, Reuse
+from kv_agent.errors import ConfigError
+from kv_agent.manager import Backend, CacheManager, scope_options
+from kv_agent.planning import build_prompt
+from kv_agent.retrieval.pooling import from_bytes
+
+Share = Literal["user", "agent", "session"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """One stored turn. ``score`` is its similarity to the query, ``None`` when nothing was searched."""
+
+    id: TurnId
+    text: str
+    score: float | None
+    tokens: int
+    chunk_ids: tuple[ChunkKey, ...]
+    scope: Scope
+    created: float
+    metadata: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """A generated answer, what was reused for it, and the memories it was given (oldest first)."""
+
+    text: str
+    reuse: Reuse
+    memories: tuple[Memory, ...]
+    turn_id: TurnId | None
+    ttft_s: float
+
+
+class AgentMemory:
+    """Memory of one scope: everything stored is marked with it, everything found lies within ``share``.
+
+    ``share`` says how far it reads: all agents of the user (default), this agent only, or this session
+    only. Without ``cache_manager`` it opens its own, and closes it; further keywords then go there.
+    """
+
+    def __init__(
+        self,
+        cache_manager: CacheManager | None = None,
+        *,
+        user_id: str = "default",
+        agent_id: str | None = None,
+        session_id: str | None = None,
+        namespace: str = "default",
+        share: Share = "user",
+        system_prompt: str | None = None,
+        backend: Backend = "auto",
+        **manager_options: Any,
+    ) -> None:
+        self.scope = Scope(namespace=namespace, user_id=user_id, agent_id=agent_id, session_id=session_id)
+        self._reading = _reading_scope(self.scope, share)
+        self._system_prompt = system_prompt
+        if cache_manager is not None and (manager_options or backend != "auto"):
+            raise ConfigError("backend and engine options belong to the CacheManager; give them there")
+        self._own = cache_manager is None
+        self._manager = cache_manager or CacheManager(backend=backend, **manager_options)
+        self._manager.attach(self.scope)
+
+    def store(
+        self,
+        prompt: str,
+        response: str = "",
+        *,
+        metadata: Mapping[str, str | int | float | bool] | None = None,
+    ) -> TurnId | None:
+        """Compute this turn once and keep its KV; ``None`` if it could not be captured."""
+        return self._manager.store_kv(
+            prompt, response, scope=self.scope, system_prompt=self._system_prompt, metadata=metadata
+        )
+
+    def retrieve(self, query: str, top_k: int = 5) -> list[Memory]:
+        """The stored turns nearest to ``query`` by the model's own keys, best first."""
+        if top_k < 1:
+            raise ConfigError(f"top_k must be >= 1, got {top_k}")
+        self._manager.wait_durable()
+        vector = self._probe(query)
+        hits = self._manager.index.search(vector, self._reading, top_k)
+        turns = self._manager.store.catalog.turns([hit.turn_id for hit in hits])
+        return [_memory(turns[hit.turn_id], hit.score) for hit in hits if hit.turn_id in turns]
+
+    def generate(
+        self,
+        query: str,
+        top_k: int = 5,
+        *,
+        max_tokens: int = 128,
+        temperature: float = 0.0,
+        store: bool = True,
+    ) -> Answer:
+        """Answer ``query`` with the ``top_k`` nearest memories put back as KV in front of it.
+
+        The memories' tokens are part of the prompt; what cannot be re-injected is computed. With
+        ``store`` the question and its answer become a memory, too.
+        """
+        memories = self.retrieve(query, top_k)
+        self._manager.ensure_prefix(self.scope, self._system_prompt)
+        manager = self._manager
+        scores = {memory.id: memory.score for memory in memories}
+        turns = manager.store.catalog.turns(scores)
+        keys = [key for turn in turns.values() for key in turn.chunk_keys]
+        prompt = build_prompt(
+            manager.prefix_record(self.scope, self._system_prompt)
+            or manager.prompts.prefix(self._system_prompt),
+            [turns[memory.id] for memory in memories if memory.id in turns],
+            manager.chunk_records(keys),
+            manager.prompts.fresh(query),
+            max_prompt_tokens=manager.max_model_len - max_tokens,
+        )
+        if len(prompt.token_ids) + max_tokens > manager.max_model_len:
+            raise ConfigError(
+                f"query and answer need {len(prompt.token_ids) + max_tokens} tokens, the model takes "
+                f"{manager.max_model_len}; shorten the query or lower max_tokens"
+            )
+        completion = manager.run(
+            Call(
+                token_ids=prompt.token_ids,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                cache_salt=prompt.salt(self.scope),
+                options={
+                    "scope": scope_options(self.scope),
+                    "store": store,
+                    "content_start": prompt.fresh_start,
+                    "plan": prompt.options(),
+                },
+            )
+        )
+        return Answer(
+            text=completion.text.strip(),
+            reuse=completion.reuse,
+            memories=tuple(_memory(turn, scores[turn.turn_id]) for turn in prompt.turns),
+            turn_id=completion.turn_id,
+            ttft_s=completion.ttft_s,
+        )
+
+    def get(self, memory_id: TurnId) -> Memory | None:
+        """One memory by its id, ``None`` if this scope has none such."""
+        turn = self._manager.store.catalog.turns([memory_id]).get(memory_id)
+        return _memory(turn, None) if turn is not None and self._reading.admits(turn.scope) else None
+
+    def list(self, limit: int = 100, before: float | None = None) -> list[Memory]:
+        """The newest memories of this scope; page on with ``before=memories[-1].created``."""
+        self._manager.wait_durable()
+        turns = self._manager.store.catalog.list_turns(self._reading, limit, before)
+        return [_memory(turn, None) for turn in turns]
+
+    def forget(self, memory_ids: Sequence[TurnId]) -> int:
+        """Remove memories and their KV for good; returns how many of these ids were in scope."""
+        self._manager.wait_durable()
+        turns = self._manager.store.catalog.turns(memory_ids)
+        mine = [turn_id for turn_id, turn in turns.items() if self._reading.admits(turn.scope)]
+        self._manager.store.forget(mine)
+        return len(mine)
+
+    def close(self) -> None:
+        """Close the cache manager if this memory opened it."""
+        if self._own:
+            self._manager.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _probe(self, query: str) -> Any:
+        """Pooled keys of the query, from its own prefill."""
+        prefix = self._manager.prompts.prefix(self._system_prompt)
+        fresh = self._manager.prompts.fresh(query)
+        token_ids = prefix + fresh.token_ids
+        if len(token_ids) + 2 > self._manager.max_model_len:
+            raise ConfigError(
+                f"the query needs {len(token_ids) + 2} tokens, the model takes {self._manager.max_model_len}; shorten it"
+            )
+        probe = {"start": len(prefix) + fresh.start, "end": len(prefix) + fresh.end}
+        # What a prefill computed reaches its own answer only if the request lives one step longer.
+        completion = self._manager.run(
+            Call(token_ids=token_ids, max_tokens=2, ignore_eos=True, options={"probe": probe})
+        )
+        if completion.probe is None:
+            raise ConfigError("the engine returned no probe; is it running with the kv_agent plugin?")
+        return from_bytes(completion.probe)
+
+
+def _reading_scope(scope: Scope, share: Share) -> Scope:
+    if share not in ("user", "agent", "session"):
+        raise ConfigError(f'share must be "user", "agent" or "session", got {share!r}')
+    for level in ("agent", "session"):
+        if share == level and getattr(scope, f"{level}_id") is None:
+            raise ConfigError(f'share="{level}" needs {level}_id')
+    return Scope(
+        namespace=scope.namespace,
+        user_id=scope.user_id,
+        agent_id=scope.agent_id if share != "user" else None,
+        session_id=scope.session_id if share == "session" else None,
+    )
+
+
+def _memory(turn: TurnRecord, score: float | None) -> Memory:
+    return Memory(
+        id=turn.turn_id,
+        text=turn.text,
+        score=score,
+        tokens=turn.num_tokens,
+        chunk_ids=turn.chunk_keys,
+        scope=turn.scope,
+        created=turn.created,
+        metadata=turn.metadata,
+    )

@@ -1,0 +1,75 @@
+"""From retrieved memories to a prompt that really contains their tokens, and the plan to inject them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kv_agent.chunks import ChunkKey, ChunkRecord, Scope, TurnRecord
+from kv_agent.prompting import FreshTurn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPrompt:
+    """Token ids ``[prefix][memories in time order][fresh turn]`` and where each chunk stands."""
+
+    token_ids: tuple[int, ...]
+    fresh_start: int
+    placements: tuple[tuple[ChunkKey, int], ...]
+    turns: tuple[TurnRecord, ...]
+
+    def options(self) -> dict[str, Any]:
+        """The plugin's ``plan`` field."""
+        return {
+            "placements": [{"chunk_id": key, "start": start} for key, start in self.placements],
+            "fresh_start": self.fresh_start,
+        }
+
+    def salt(self, scope: Scope) -> str:
+        """One salt per user and plan: adapted KV is shared with nobody but the same plan."""
+        parts = [scope.namespace, scope.user_id, *(f"{key}@{start}" for key, start in self.placements)]
+        framed = "".join(f"{len(part)}:{part}" for part in parts)
+        return "kv_agent:" + hashlib.blake2b(framed.encode(), digest_size=16).hexdigest()
+
+
+def build_prompt(
+    prefix: ChunkRecord | Sequence[int],
+    ranked_turns: Sequence[TurnRecord],
+    chunks: Mapping[ChunkKey, ChunkRecord],
+    fresh: FreshTurn,
+    *,
+    max_prompt_tokens: int,
+) -> MemoryPrompt:
+    """Place the best turns that fit into ``max_prompt_tokens``, oldest first.
+
+    ``ranked_turns`` come best first. Turns whose chunks are not all at hand are left out. ``prefix`` as
+    token ids means that its KV is not stored and that it will be computed.
+    """
+    stored_prefix = isinstance(prefix, ChunkRecord)
+    prefix_ids = prefix.token_ids if isinstance(prefix, ChunkRecord) else tuple(prefix)
+    room = max_prompt_tokens - len(prefix_ids) - len(fresh.token_ids)
+    chosen: list[TurnRecord] = []
+    for turn in ranked_turns:
+        if any(key not in chunks or chunks[key].quarantined for key in turn.chunk_keys):
+            continue
+        size = sum(chunks[key].num_tokens for key in turn.chunk_keys)
+        if size <= room:
+            chosen.append(turn)
+            room -= size
+    chosen.sort(key=lambda turn: (turn.created, turn.turn_id))
+    placements: list[tuple[ChunkKey, int]] = []
+    if isinstance(prefix, ChunkRecord) and stored_prefix:
+        placements.append((prefix.key, 0))
+    token_ids = list(prefix_ids)
+    for turn in chosen:
+        for key in turn.chunk_keys:
+            placements.append((key, len(token_ids)))
+            token_ids += chunks[key].token_ids
+    return MemoryPrompt(
+        token_ids=(*token_ids, *fresh.token_ids),
+        fresh_start=len(token_ids),
+        placements=tuple(placements),
+        turns=tuple(chosen),
+    )

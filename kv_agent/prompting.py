@@ -1,0 +1,86 @@
+"""From chat text to token ids, split where memory needs it: prefix, finished turns, fresh turn.
+
+The split is taken from the model's own chat template: a turn is what a later user and assistant message add
+to a rendered conversation, the prefix is what stands before the first turn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from kv_agent.errors import ConfigError
+
+_PROBE = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FreshTurn:
+    """Tokens of a question up to where the answer begins; ``[start, end)`` is the question itself."""
+
+    token_ids: tuple[int, ...]
+    start: int
+    end: int
+
+
+class ChatPrompts:
+    """Renders conversations piecewise with one tokenizer; without a chat template, as plain text."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._templated = getattr(tokenizer, "chat_template", None) is not None
+        self._base = self._render(list(_PROBE)) if self._templated else []
+
+    def prefix(self, system_prompt: str | None = None) -> tuple[int, ...]:
+        """What stands before the first turn: begin-of-sequence token, system prompt."""
+        if not self._templated:
+            text = f"{system_prompt}\n" if system_prompt else ""
+            bos = self._tokenizer.bos_token_id
+            return tuple([bos] if bos is not None else []) + self._encode(text)
+        system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        whole = self._render(system + list(_PROBE))
+        turn = self.turn(_PROBE[0]["content"], _PROBE[1]["content"])
+        if tuple(whole[-len(turn) :]) != turn:
+            raise ConfigError(
+                "the model's chat template renders a first turn unlike a later one, so memories cannot be "
+                "placed between system prompt and conversation; use a model with a regular template"
+            )
+        return tuple(whole[: -len(turn)])
+
+    def turn(self, prompt: str, response: str = "") -> tuple[int, ...]:
+        """A finished turn as it stands inside a conversation."""
+        if not self._templated:
+            return self._encode(f"{prompt} {response}\n" if response else f"{prompt}\n")
+        messages = [{"role": "user", "content": prompt}]
+        if response:
+            messages.append({"role": "assistant", "content": response})
+        return self._added(messages, generate=False)
+
+    def fresh(self, prompt: str) -> FreshTurn:
+        """A question, ready to be answered."""
+        ids = (
+            self._added([{"role": "user", "content": prompt}], generate=True)
+            if self._templated
+            else self._encode(prompt)
+        )
+        inner = self._encode(prompt)
+        for start in range(len(ids) - len(inner) + 1):
+            if ids[start : start + len(inner)] == inner:
+                return FreshTurn(token_ids=ids, start=start, end=start + len(inner))
+        return FreshTurn(token_ids=ids, start=0, end=len(ids))
+
+    def _added(self, messages: list[dict[str, str]], *, generate: bool) -> tuple[int, ...]:
+        whole = self._render(list(_PROBE) + messages, generate=generate)
+        if whole[: len(self._base)] != self._base:
+            raise ConfigError(
+                "the model's chat template changes earlier turns when later ones are added, so turns "
+                "cannot be kept as memories; use a model with a regular template"
+            )
+        return tuple(whole[len(self._base) :])
+
+    def _render(self, messages: list[dict[str, str]], *, generate: bool = False) -> list[int]:
+        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+        return list(self._encode(text))
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False))

@@ -1,0 +1,277 @@
+"""The SQLite catalog: which turns and chunks exist, and the history an index follows.
+
+It is the one source of truth: what has no committed row does not exist. Any number of threads and
+processes may use one catalog file, on a local disk (WAL does not work over network file systems).
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+import time
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from kv_agent.chunks import ChunkKey, ChunkRecord, Fingerprint, IndexChange, Scope, TurnId, TurnRecord
+from kv_agent.errors import StorageError
+from kv_agent.storage import rows, schema, turn_writes
+from kv_agent.storage import statements as sql
+from kv_agent.storage.fork_gate import ForkGate
+from kv_agent.storage.turn_writes import AddResult
+
+BUSY_TIMEOUT_S = 30.0
+
+_FORK_GATE = ForkGate()
+
+
+class _ThreadConnection:
+    """A connection that is closed when its thread ends; on its own it would await the garbage collector."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self.connection = connection
+
+    def close(self) -> None:
+        with suppress(sqlite3.Error):
+            self.connection.close()
+
+    __del__ = close
+
+
+class Catalog:
+    """Rows of one store, one connection per thread. Every failure is a :class:`StorageError`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._closed = False
+        self._local = threading.local()
+        self._connections: weakref.WeakSet[_ThreadConnection] = weakref.WeakSet()
+        _FORK_GATE.watch(self)
+        with self._connection() as db:
+            schema.migrate(db)
+
+    # Fingerprints
+
+    def register_fingerprint(self, fingerprint: Fingerprint, details: Mapping[str, object]) -> None:
+        """Remember what a fingerprint was made of; the first registration stays."""
+        with self._transaction() as db:
+            db.execute(sql.INSERT_FINGERPRINT, (fingerprint, json.dumps(dict(details))))
+
+    def fingerprint_details(self, fingerprint: Fingerprint) -> dict[str, Any] | None:
+        row = self._fetch_one(sql.FINGERPRINT_DETAILS, (fingerprint,))
+        return None if row is None else dict(json.loads(row[0]))
+
+    # Turns
+
+    def add_turn(
+        self,
+        turn: TurnRecord,
+        context: Sequence[ChunkRecord | ChunkKey],
+        chunks: Sequence[ChunkRecord],
+        vectors: Mapping[ChunkKey, bytes],
+    ) -> AddResult:
+        """Store a turn in one transaction; the bytes of ``context`` and ``chunks`` must be durable.
+
+        ``chunks`` are new content chunks; other keys in ``turn.chunk_keys``, and context given as a
+        bare key, must be in the catalog (:class:`UnknownChunkError`). Live rows stay as they are,
+        quarantined ones are replaced. A turn with the scope, fingerprint and chunks of an older one is
+        that turn: its id becomes an alias.
+        """
+        with self._transaction() as db:
+            return turn_writes.add_turn(db, turn, context, chunks, vectors)
+
+    def turns(self, ids: Iterable[TurnId]) -> dict[TurnId, TurnRecord]:
+        """The turns that exist, by the id asked for, which may be an alias."""
+        with self._transaction("BEGIN") as db:
+            resolved = turn_writes.resolve(db, ids)
+            turn_rows = db.execute(sql.TURNS_BY_ID, (rows.json_list(set(resolved.values())),)).fetchall()
+            found = {turn.turn_id: turn for turn in _turn_records(db, turn_rows)}
+        return {asked: found[turn_id] for asked, turn_id in resolved.items()}
+
+    def list_turns(
+        self, scope: Scope, limit: int = 100, before_created: float | None = None
+    ) -> list[TurnRecord]:
+        """Turns that ``scope`` admits, newest first, created strictly before ``before_created``."""
+        parameters = {
+            "namespace": scope.namespace,
+            "user_id": scope.user_id,
+            "agent_id": scope.agent_id,
+            "session_id": scope.session_id,
+            "before": before_created,
+            "limit": _checked_limit(limit),
+        }
+        with self._transaction("BEGIN") as db:
+            return _turn_records(db, db.execute(sql.LIST_TURNS, parameters).fetchall())
+
+    def known_turns(self, ids: Iterable[TurnId]) -> frozenset[TurnId]:
+        """Which of these ids are durable, as a turn or as an alias of one."""
+        with self._connection() as db:
+            return frozenset(turn_writes.resolve(db, ids))
+
+    def forget(self, turn_ids: Iterable[TurnId]) -> tuple[str, ...]:
+        """Delete turns, given by id or alias, and the chunks nobody else uses.
+
+        Returns the blobs that no row refers to any more; the caller deletes those files.
+        """
+        with self._transaction() as db:
+            return turn_writes.forget(db, turn_ids)
+
+    # Chunks
+
+    def chunk_keys_of_turns(self, ids: Iterable[TurnId]) -> frozenset[ChunkKey]:
+        """Content and context chunks of turns given by id or alias."""
+        with self._transaction("BEGIN") as db:
+            resolved = rows.json_list(turn_writes.resolve(db, ids).values())
+            return frozenset(key for (key,) in db.execute(sql.CHUNKS_OF_TURNS, (resolved,)))
+
+    def chunks(self, keys: Iterable[ChunkKey]) -> dict[ChunkKey, ChunkRecord]:
+        """The chunks that exist, quarantined ones included."""
+        found = self._fetch_all(sql.CHUNKS_BY_KEY, (rows.json_list(keys),))
+        return {record.key: record for record in map(rows.chunk_from_row, found)}
+
+    def all_chunks(self, page: int = 1000) -> Iterator[ChunkRecord]:
+        """Every chunk in key order; what changes meanwhile may or may not be seen."""
+        last = ""
+        while found := self._fetch_all(sql.CHUNKS_AFTER, (last, page)):
+            yield from map(rows.chunk_from_row, found)
+            last = found[-1][0]
+
+    def child_lengths(self, parent: ChunkKey) -> tuple[int, ...]:
+        """Distinct token counts, ascending, of the usable chunks computed right after ``parent``."""
+        return tuple(length for (length,) in self._fetch_all(sql.CHILD_LENGTHS, (parent,)))
+
+    def quarantine(self, key: ChunkKey, reason: str) -> None:
+        """No longer offer a chunk, until a turn stores it anew; the first reason stays."""
+        with self._transaction() as db:
+            if db.execute(sql.QUARANTINE_CHUNK, (reason, key)).rowcount:
+                db.execute(sql.RECORD_CHUNK_REMOVED, (key,))
+                db.execute(sql.DELETE_CHUNK_ENTRIES, (key,))
+
+    # What an index follows
+
+    def changes_since(
+        self, fingerprint: Fingerprint, namespace: str, seq: int, limit: int = 10_000
+    ) -> list[IndexChange]:
+        """The first changes after ``seq`` in order; an entry removed later has no vector already."""
+        parameters = (fingerprint, namespace, seq, _checked_limit(limit))
+        return [rows.change_from_row(row) for row in self._fetch_all(sql.CHANGES_SINCE, parameters)]
+
+    def last_seq(self, fingerprint: Fingerprint, namespace: str) -> int:
+        """Number of the newest change, 0 without any."""
+        row = self._fetch_one(sql.LAST_SEQ, (fingerprint, namespace))
+        return int(row[0]) if row else 0
+
+    def stats(self) -> dict[str, int]:
+        """Counts; ``chunks``, ``bytes`` and ``tokens`` include what is ``quarantined``."""
+        row = self._fetch_one(sql.COUNTS, ())
+        return dict(
+            zip(
+                ("turns", "chunks", "quarantined", "entries", "bytes", "tokens"), row or (0,) * 6, strict=True
+            )
+        )
+
+    def close(self) -> None:
+        """Close the connections of all threads, after what they are doing; twice is harmless."""
+        with _FORK_GATE.exclusive():
+            self._closed = True
+            self.drop_connections()
+
+    # Connections
+
+    def drop_connections(self) -> None:
+        """Close every connection; the fork gate calls this while none is in use."""
+        for connection in list(self._connections):
+            connection.close()
+        self._local = threading.local()
+        self._connections = weakref.WeakSet()
+
+    @contextmanager
+    def _connection(self) -> Iterator[sqlite3.Connection]:
+        """This thread's connection; not to be nested."""
+        with _FORK_GATE.shared():
+            try:
+                yield self._thread_connection()
+            # UnicodeError, OverflowError: values SQLite cannot hold, such as lone surrogates.
+            except (sqlite3.Error, UnicodeError, OverflowError) as err:
+                raise StorageError(f"catalog {self._path}: {err}") from err
+
+    @contextmanager
+    def _transaction(self, begin: str = "BEGIN IMMEDIATE") -> Iterator[sqlite3.Connection]:
+        # IMMEDIATE takes the write lock at once: a reader that upgrades later fails instead of waiting.
+        with self._connection() as db:
+            db.execute(begin)
+            try:
+                yield db
+                db.commit()
+            except BaseException:
+                db.rollback()
+                raise
+
+    def _fetch_all(self, statement: str, parameters: Sequence[Any]) -> list[rows.Row]:
+        with self._connection() as db:
+            return db.execute(statement, parameters).fetchall()
+
+    def _fetch_one(self, statement: str, parameters: Sequence[Any]) -> rows.Row | None:
+        with self._connection() as db:
+            row: rows.Row | None = db.execute(statement, parameters).fetchone()
+            return row
+
+    def _thread_connection(self) -> sqlite3.Connection:
+        if self._closed:
+            raise StorageError(f"catalog {self._path} is closed")
+        mine: _ThreadConnection | None = getattr(self._local, "mine", None)
+        if mine is None:
+            mine = _ThreadConnection(_connect(self._path))
+            _configure(mine.connection)
+            self._connections.add(mine)
+            self._local.mine = mine
+        return mine.connection
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(
+        path,
+        timeout=BUSY_TIMEOUT_S,
+        isolation_level=None,  # transactions are begun by us, never implicitly
+        check_same_thread=False,  # used by one thread, but closed by whoever forks or closes
+    )
+
+
+def _configure(connection: sqlite3.Connection) -> None:
+    _enter_wal(connection)
+    # In WAL mode the default (NORMAL) may lose the last commits at a power loss. Whoever waits for a
+    # turn is told it is durable once its row is committed, so every commit is synced.
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA foreign_keys = ON")
+
+
+def _enter_wal(db: sqlite3.Connection) -> None:
+    """Switch to WAL, which survives in the file; later connections find it so."""
+    deadline = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        try:
+            mode = db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+            break
+        except sqlite3.OperationalError as err:
+            # Two processes creating the file at once: SQLite refuses one without its busy timeout.
+            if err.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+    if mode != "wal":
+        raise StorageError(f"SQLite cannot use its WAL mode here (got {mode!r}); use a local disk")
+
+
+def _turn_records(db: sqlite3.Connection, turn_rows: Sequence[rows.Row]) -> list[TurnRecord]:
+    keys: dict[TurnId, list[ChunkKey]] = {row[0]: [] for row in turn_rows}
+    for turn_id, chunk_key in db.execute(sql.CONTENT_OF_TURNS, (rows.json_list(keys),)):
+        keys[turn_id].append(chunk_key)
+    return [rows.turn_from_row(row, keys[row[0]]) for row in turn_rows]
+
+
+def _checked_limit(limit: int) -> int:
+    if limit < 0:
+        raise ValueError(f"limit must be >= 0, got {limit}")
+    return limit

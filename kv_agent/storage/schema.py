@@ -1,0 +1,167 @@
+"""Tables of the catalog and the ordered migrations that make them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from kv_agent.errors import StorageError
+
+
+class Database(Protocol):
+    """The part of a SQLite connection that is used outside ``catalog.py``."""
+
+    def execute(self, sql: str, parameters: Any = ..., /) -> Any: ...
+    def executemany(self, sql: str, parameters: Any, /) -> Any: ...
+    def commit(self) -> None: ...
+    def rollback(self) -> None: ...
+
+
+def m001_initial(db: Database) -> None:
+    """Everything the first release needs."""
+    for statement in _M001:
+        db.execute(statement)
+
+
+MIGRATIONS: tuple[Callable[[Database], None], ...] = (m001_initial,)
+
+
+def migrate(db: Database) -> None:
+    """Bring the tables up to date; refuses a schema that a newer release made."""
+    while True:
+        # One transaction per migration, so that it is committed together with its record. Taking the
+        # write lock before looking keeps two processes from both running it.
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            done = _migrate_once(db)
+            db.commit()
+        except BaseException:
+            db.rollback()
+            raise
+        if done:
+            return
+
+
+def require_known_schema(version: int) -> None:
+    """Raise when this release is too old to understand schema ``version``."""
+    if version > len(MIGRATIONS):
+        raise StorageError(
+            f"the catalog has schema version {version}, this release of kv_agent knows up to"
+            f" {len(MIGRATIONS)}; upgrade kv_agent or use another store directory"
+        )
+
+
+def _migrate_once(db: Database) -> bool:
+    db.execute(
+        "CREATE TABLE IF NOT EXISTS schema_migrations"
+        " (version INTEGER PRIMARY KEY, name TEXT NOT NULL, applied REAL NOT NULL)"
+    )
+    version: int = db.execute("SELECT coalesce(max(version), 0) FROM schema_migrations").fetchone()[0]
+    require_known_schema(version)
+    if version == len(MIGRATIONS):
+        return True
+    migration = MIGRATIONS[version]
+    migration(db)
+    db.execute(
+        "INSERT INTO schema_migrations (version, name, applied) VALUES (?, ?, ?)",
+        (version + 1, migration.__name__, time.time()),
+    )
+    return False
+
+
+_M001 = (
+    """
+    CREATE TABLE fingerprints (
+        fingerprint TEXT PRIMARY KEY,
+        details TEXT NOT NULL
+    )
+    """,
+    # digest: what makes two turns the same one, see rows.turn_digest.
+    """
+    CREATE TABLE turns (
+        turn_id TEXT PRIMARY KEY,
+        digest TEXT NOT NULL UNIQUE,
+        namespace TEXT NOT NULL,
+        user_id TEXT NOT NULL,
+        agent_id TEXT,
+        session_id TEXT,
+        fingerprint TEXT NOT NULL,
+        num_tokens INTEGER NOT NULL,
+        text TEXT NOT NULL,
+        created REAL NOT NULL,
+        metadata TEXT NOT NULL
+    )
+    """,
+    "CREATE INDEX turns_by_scope ON turns (namespace, user_id, created)",
+    # Ids under which an already known turn was stored again.
+    """
+    CREATE TABLE turn_aliases (
+        alias TEXT PRIMARY KEY,
+        turn_id TEXT NOT NULL REFERENCES turns (turn_id) ON DELETE CASCADE
+    )
+    """,
+    "CREATE INDEX turn_aliases_by_turn ON turn_aliases (turn_id)",
+    # A row with a quarantine reason stays, so that it can be told why, until a turn brings new bytes.
+    """
+    CREATE TABLE chunks (
+        key TEXT PRIMARY KEY,
+        content_key TEXT NOT NULL,
+        parent TEXT NOT NULL,
+        fingerprint TEXT NOT NULL,
+        namespace TEXT NOT NULL,
+        user_id TEXT NOT NULL,
+        start INTEGER NOT NULL,
+        num_tokens INTEGER NOT NULL,
+        token_ids BLOB NOT NULL,
+        blob TEXT NOT NULL,
+        tensor TEXT NOT NULL,
+        sha256 TEXT NOT NULL,
+        num_bytes INTEGER NOT NULL,
+        vector BLOB,
+        created REAL NOT NULL,
+        quarantine_reason TEXT
+    )
+    """,
+    "CREATE INDEX chunks_by_parent ON chunks (parent, num_tokens)",
+    "CREATE INDEX chunks_by_blob ON chunks (blob)",
+    """
+    CREATE TABLE turn_chunks (
+        turn_id TEXT NOT NULL REFERENCES turns (turn_id) ON DELETE CASCADE,
+        role TEXT NOT NULL CHECK (role IN ('content', 'context')),
+        idx INTEGER NOT NULL,
+        chunk_key TEXT NOT NULL REFERENCES chunks (key),
+        PRIMARY KEY (turn_id, role, idx)
+    ) WITHOUT ROWID
+    """,
+    "CREATE INDEX turn_chunks_by_chunk ON turn_chunks (chunk_key, role)",
+    # Invariant: an entry exists exactly for every content chunk of a turn that has a vector and is not
+    # quarantined.
+    """
+    CREATE TABLE entries (
+        entry_id INTEGER PRIMARY KEY AUTOINCREMENT,
+        turn_id TEXT NOT NULL REFERENCES turns (turn_id),
+        chunk_key TEXT NOT NULL REFERENCES chunks (key),
+        UNIQUE (turn_id, chunk_key)
+    )
+    """,
+    "CREATE INDEX entries_by_chunk ON entries (chunk_key)",
+    # A removal must still name what went away after its turn, chunk and entry rows are gone, so a
+    # change repeats their ids and has no foreign keys.
+    """
+    CREATE TABLE changes (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        fingerprint TEXT NOT NULL,
+        namespace TEXT NOT NULL,
+        entry_id INTEGER NOT NULL,
+        removed INTEGER NOT NULL,
+        chunk_key TEXT NOT NULL,
+        content_key TEXT NOT NULL,
+        turn_id TEXT NOT NULL,
+        user_id TEXT NOT NULL,
+        agent_id TEXT,
+        session_id TEXT
+    )
+    """,
+    "CREATE INDEX changes_by_index ON changes (fingerprint, namespace, seq)",
+)

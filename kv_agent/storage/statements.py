@@ -1,0 +1,132 @@
+"""The catalog's SQL. A parameter that stands for many strings is a JSON list, which has no size limit."""
+
+from __future__ import annotations
+
+from kv_agent.storage.rows import CHUNK_COLUMNS, TURN_COLUMNS
+
+INSERT_FINGERPRINT = "INSERT OR IGNORE INTO fingerprints (fingerprint, details) VALUES (?, ?)"
+FINGERPRINT_DETAILS = "SELECT details FROM fingerprints WHERE fingerprint = ?"
+
+# Chunks
+CHUNKS_BY_KEY = f"SELECT {CHUNK_COLUMNS} FROM chunks WHERE key IN (SELECT value FROM json_each(?))"
+CHUNKS_AFTER = f"SELECT {CHUNK_COLUMNS} FROM chunks WHERE key > ? ORDER BY key LIMIT ?"
+CHUNK_STATES = """
+    SELECT key, quarantine_reason IS NOT NULL, blob FROM chunks
+    WHERE key IN (SELECT value FROM json_each(?))
+"""
+INSERT_CHUNK = """
+    INSERT INTO chunks (key, content_key, parent, fingerprint, namespace, user_id, start, num_tokens,
+                        token_ids, blob, tensor, sha256, num_bytes, vector, created)
+    VALUES (:key, :content_key, :parent, :fingerprint, :namespace, :user_id, :start, :num_tokens,
+            :token_ids, :blob, :tensor, :sha256, :num_bytes, :vector, :created)
+"""
+# The key fixes everything else; the vector does not come from the damaged bytes and stays good.
+REVIVE_CHUNK = """
+    UPDATE chunks SET start = :start, blob = :blob, tensor = :tensor, sha256 = :sha256,
+        num_bytes = :num_bytes, vector = coalesce(:vector, vector), created = :created,
+        quarantine_reason = NULL
+    WHERE key = :key
+"""
+SET_MISSING_VECTOR = "UPDATE chunks SET vector = ? WHERE key = ? AND vector IS NULL"
+UNKNOWN_CHUNKS = """
+    SELECT DISTINCT value FROM json_each(:keys)
+    WHERE NOT EXISTS (
+        SELECT 1 FROM chunks WHERE key = value AND fingerprint = :fingerprint
+            AND namespace = :namespace AND user_id = :user_id
+    )
+"""
+UNUSED_BLOBS = """
+    SELECT value FROM json_each(?)
+    WHERE NOT EXISTS (SELECT 1 FROM chunks WHERE blob = value)
+"""
+CHILD_LENGTHS = """
+    SELECT DISTINCT num_tokens FROM chunks WHERE parent = ? AND quarantine_reason IS NULL
+    ORDER BY num_tokens
+"""
+QUARANTINE_CHUNK = "UPDATE chunks SET quarantine_reason = ? WHERE key = ? AND quarantine_reason IS NULL"
+
+# Turns
+SAME_TURN = "SELECT turn_id FROM turns WHERE digest = ?"
+RESOLVE_TURN = """
+    SELECT turn_id FROM turns WHERE turn_id = :id
+    UNION ALL SELECT turn_id FROM turn_aliases WHERE alias = :id
+"""
+RESOLVE_TURNS = """
+    SELECT turn_id, turn_id FROM turns WHERE turn_id IN (SELECT value FROM json_each(:ids))
+    UNION ALL SELECT alias, turn_id FROM turn_aliases WHERE alias IN (SELECT value FROM json_each(:ids))
+"""
+INSERT_TURN = """
+    INSERT INTO turns (turn_id, digest, namespace, user_id, agent_id, session_id, fingerprint, num_tokens,
+                       text, created, metadata)
+    VALUES (:turn_id, :digest, :namespace, :user_id, :agent_id, :session_id, :fingerprint, :num_tokens,
+            :text, :created, :metadata)
+"""
+INSERT_ALIAS = "INSERT INTO turn_aliases (alias, turn_id) VALUES (?, ?)"
+INSERT_TURN_CHUNK = "INSERT INTO turn_chunks (turn_id, role, idx, chunk_key) VALUES (?, ?, ?, ?)"
+CONTEXT_OF_TURN = "SELECT chunk_key FROM turn_chunks WHERE turn_id = ? AND role = 'context'"
+TURNS_BY_ID = f"SELECT {TURN_COLUMNS} FROM turns t WHERE t.turn_id IN (SELECT value FROM json_each(?))"
+CONTENT_OF_TURNS = """
+    SELECT turn_id, chunk_key FROM turn_chunks
+    WHERE role = 'content' AND turn_id IN (SELECT value FROM json_each(?))
+    ORDER BY turn_id, idx
+"""
+LIST_TURNS = f"""
+    SELECT {TURN_COLUMNS} FROM turns t
+    WHERE t.namespace = :namespace AND t.user_id = :user_id
+        AND (:agent_id IS NULL OR t.agent_id = :agent_id)
+        AND (:session_id IS NULL OR t.session_id = :session_id)
+        AND (:before IS NULL OR t.created < :before)
+    ORDER BY t.created DESC, t.turn_id DESC LIMIT :limit
+"""
+
+# Forgetting; entries and their changes go first
+CHUNKS_OF_TURNS = """
+    SELECT DISTINCT chunk_key FROM turn_chunks WHERE turn_id IN (SELECT value FROM json_each(?))
+"""
+DELETE_TURNS = "DELETE FROM turns WHERE turn_id IN (SELECT value FROM json_each(?))"
+BLOBS_OF_CHUNKS = "SELECT DISTINCT blob FROM chunks WHERE key IN (SELECT value FROM json_each(?))"
+DELETE_UNUSED_CHUNKS = """
+    DELETE FROM chunks WHERE key IN (SELECT value FROM json_each(?))
+        AND NOT EXISTS (SELECT 1 FROM turn_chunks WHERE chunk_key = key)
+"""
+
+# Entries and changes
+LAST_ENTRY = "SELECT coalesce(max(entry_id), 0) FROM entries"
+ADD_MISSING_ENTRIES = """
+    INSERT INTO entries (turn_id, chunk_key)
+    SELECT tc.turn_id, tc.chunk_key
+    FROM turn_chunks tc JOIN chunks c ON c.key = tc.chunk_key
+    WHERE tc.role = 'content' AND tc.chunk_key IN (SELECT value FROM json_each(?))
+        AND c.vector IS NOT NULL AND c.quarantine_reason IS NULL
+        AND NOT EXISTS (SELECT 1 FROM entries e WHERE e.turn_id = tc.turn_id AND e.chunk_key = tc.chunk_key)
+    GROUP BY tc.turn_id, tc.chunk_key ORDER BY tc.turn_id, min(tc.idx)
+"""
+_RECORD_CHANGES = """
+    INSERT INTO changes (fingerprint, namespace, entry_id, removed, chunk_key, content_key, turn_id,
+                         user_id, agent_id, session_id)
+    SELECT t.fingerprint, t.namespace, e.entry_id, {removed}, e.chunk_key, c.content_key, e.turn_id,
+           t.user_id, t.agent_id, t.session_id
+    FROM entries e JOIN turns t ON t.turn_id = e.turn_id JOIN chunks c ON c.key = e.chunk_key
+    WHERE {which} ORDER BY e.entry_id
+"""
+RECORD_ADDED = _RECORD_CHANGES.format(removed=0, which="e.entry_id > ?")
+RECORD_CHUNK_REMOVED = _RECORD_CHANGES.format(removed=1, which="e.chunk_key = ?")
+RECORD_TURNS_REMOVED = _RECORD_CHANGES.format(
+    removed=1, which="e.turn_id IN (SELECT value FROM json_each(?))"
+)
+DELETE_CHUNK_ENTRIES = "DELETE FROM entries WHERE chunk_key = ?"
+DELETE_TURNS_ENTRIES = "DELETE FROM entries WHERE turn_id IN (SELECT value FROM json_each(?))"
+# Entry ids are never used twice, so a change finds a vector only while its own entry exists.
+CHANGES_SINCE = """
+    SELECT h.seq, h.entry_id, h.chunk_key, h.content_key, h.turn_id, h.namespace, h.user_id, h.agent_id,
+           h.session_id, c.vector
+    FROM changes h LEFT JOIN entries e ON e.entry_id = h.entry_id LEFT JOIN chunks c ON c.key = e.chunk_key
+    WHERE h.fingerprint = ? AND h.namespace = ? AND h.seq > ? ORDER BY h.seq LIMIT ?
+"""
+LAST_SEQ = "SELECT coalesce(max(seq), 0) FROM changes WHERE fingerprint = ? AND namespace = ?"
+
+COUNTS = """
+    SELECT (SELECT count(*) FROM turns), count(*), count(quarantine_reason),
+           (SELECT count(*) FROM entries), coalesce(sum(num_bytes), 0), coalesce(sum(num_tokens), 0)
+    FROM chunks
+"""

@@ -1,0 +1,1 @@
+"""The vLLM plugin: a KV connector that captures, probes and re-injects."""

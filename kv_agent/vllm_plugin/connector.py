@@ -1,0 +1,233 @@
+"""``KVAgentConnector``: vLLM's connector interface, delegating to the scheduler and worker halves."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+)
+from vllm.model_executor.layers import rotary_embedding
+from vllm.v1.request import RequestStatus
+
+from kv_agent.config import PluginConfig, parse
+from kv_agent.kv.rope import RotaryScheme, scheme_from_table
+from kv_agent.storage.store import LocalStore
+from kv_agent.vllm_plugin.fingerprint import fingerprint_details, fingerprint_of
+from kv_agent.vllm_plugin.jobs import StepJobs, WorkerReport
+from kv_agent.vllm_plugin.paged_cache import PagedCache, PagedLayer
+from kv_agent.vllm_plugin.resolver import Resolver
+from kv_agent.vllm_plugin.scheduler import SchedulerSide
+from kv_agent.vllm_plugin.support import check_connector_config, check_rope_modules, check_supported
+from kv_agent.vllm_plugin.text import TurnDecoder
+from kv_agent.vllm_plugin.worker import WorkerSide
+
+if TYPE_CHECKING:
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+logger = logging.getLogger(__name__)
+
+
+class KVAgentMetadata(KVConnectorMetadata):
+    """The scheduler's jobs for one step."""
+
+    def __init__(self, jobs: StepJobs) -> None:
+        self.jobs = jobs
+
+
+class KVAgentWorkerMetadata(KVConnectorWorkerMetadata):
+    """The worker's report of one step."""
+
+    def __init__(self, report: WorkerReport) -> None:
+        self.report = report
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        assert isinstance(other, KVAgentWorkerMetadata)
+        self.report.merge(other.report)
+        return self
+
+
+class KVAgentConnector(KVConnectorBase_V1):
+    """Captures turns, answers probes and injects stored chunks on stock vLLM."""
+
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
+    ) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        raw = check_connector_config(vllm_config.kv_transfer_config)
+        self._config = parse(PluginConfig, raw, "kv_connector_extra_config.kv_agent")
+        check_supported(vllm_config, kv_cache_config)
+        # vLLM's default fails a request whose KV cannot be loaded; ours must be computed instead.
+        vllm_config.kv_transfer_config.kv_load_failure_policy = "recompute"
+        self._block_tokens = int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
+        self._scheduler: SchedulerSide | None = None
+        self._worker: WorkerSide | None = None
+        if role is KVConnectorRole.SCHEDULER:
+            self._start_scheduler()
+
+    def _start_scheduler(self) -> None:
+        details = fingerprint_details(self._vllm_config)
+        fingerprint = fingerprint_of(details)
+        self._store = LocalStore(self._config.store, host_bytes=0)
+        self._store.catalog.register_fingerprint(fingerprint, details)
+        self._resolver = Resolver(self._store.catalog, fingerprint)
+        self._scheduler = SchedulerSide(
+            self._config,
+            fingerprint,
+            self._resolver,
+            block_tokens=self._block_tokens,
+            prefix_caching=bool(self._vllm_config.cache_config.enable_prefix_caching),
+        )
+        logger.info("kv_agent: store %s, model fingerprint %s", self._config.store, fingerprint)
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A capture that a preemption makes impossible is only a missed memory."""
+        return False
+
+    # -- scheduler role -----------------------------------------------------------------------------
+
+    def on_new_request(self, request: Request) -> None:
+        self._deciding.new_request(request)
+
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        return self._deciding.match(request.request_id, num_computed_tokens)
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
+        if num_external_tokens > 0:
+            self._deciding.allocated(request.request_id, blocks.get_block_ids()[0], num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        if probing := self._deciding.probe_request_ids():
+            for request_id, block_ids in _finishing_prefills(scheduler_output, probing, self._deciding):
+                self._deciding.prefill_done(request_id, block_ids)
+        return KVAgentMetadata(self._deciding.take_jobs())
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        if (meta := connector_output.kv_connector_worker_meta) is not None:
+            assert isinstance(meta, KVAgentWorkerMetadata)
+            self._deciding.report(meta.report)
+
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        complete = request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
+        return self._deciding.finished(request, block_ids, complete=complete)
+
+    # -- worker role --------------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, Tensor]) -> None:
+        with set_current_vllm_config(self._vllm_config):
+            scheme = _model_rope()
+        layers = self._vllm_config.compilation_config.static_forward_context
+        cache = PagedCache([_paged_layer(layers[name]) for name in kv_caches], self._block_tokens)
+        self._worker = WorkerSide(
+            cache,
+            LocalStore(self._config.store, host_bytes=self._config.host_bytes),
+            scheme,
+            pooled_layers=[layer % cache.num_layers for layer in self._config.pooled_layers],
+            queue_bytes=self._config.queue_bytes,
+            load_threads=self._config.load_threads,
+            decode=TurnDecoder(self._vllm_config.model_config),
+        )
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        self._moving.start(self._jobs)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        return None
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: Tensor, attn_metadata: AttentionMetadata, **kwargs: Any
+    ) -> None:
+        return None
+
+    def wait_for_save(self) -> None:
+        self._moving.save(self._jobs)
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        return self._moving.take_finished()
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self._moving.take_invalid_blocks()
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        report = self._moving.take_report()
+        return KVAgentWorkerMetadata(report) if report else None
+
+    def shutdown(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+        if self._scheduler is not None:
+            self._resolver.close()
+            self._store.close()
+            self._scheduler = None
+
+    @property
+    def _deciding(self) -> SchedulerSide:
+        assert self._scheduler is not None
+        return self._scheduler
+
+    @property
+    def _moving(self) -> WorkerSide:
+        assert self._worker is not None
+        return self._worker
+
+    @property
+    def _jobs(self) -> StepJobs:
+        metadata = self._get_connector_metadata()
+        assert isinstance(metadata, KVAgentMetadata)
+        return metadata.jobs
+
+
+def _finishing_prefills(
+    output: SchedulerOutput, probing: frozenset[str], deciding: SchedulerSide
+) -> list[tuple[str, list[int]]]:
+    """Probing requests whose last prompt token is computed in this step, with their block ids."""
+    computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+    cached = output.scheduled_cached_reqs
+    computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+    state = output.kv_connector_block_state
+    done = []
+    for request_id in probing.intersection(computed):
+        end = computed[request_id] + output.num_scheduled_tokens[request_id]
+        block_ids = state.get_block_ids(request_id) if state is not None else None
+        if end >= deciding.prompt_tokens(request_id) and block_ids is not None:
+            done.append((request_id, block_ids[0]))
+    return done
+
+
+def _paged_layer(layer: Any) -> PagedLayer:
+    def write(key_THD: Tensor, value_THD: Tensor, slots_T: Tensor) -> None:
+        layer.impl.do_kv_cache_update(layer, key_THD, value_THD, layer.kv_cache, slots_T)
+
+    return PagedLayer(
+        kv_cache_BHNC=layer.kv_cache,
+        write=write,
+        num_kv_heads=layer.num_kv_heads,
+        head_dim=layer.head_size,
+    )
+
+
+def _model_rope() -> RotaryScheme:
+    """The scheme of the rotary embedding that the loaded model really uses, from vLLM's own table."""
+    module = check_rope_modules(list(rotary_embedding._ROPE_DICT.values()))
+    with torch.device("cpu"):
+        table = module._compute_cos_sin_cache()
+    return scheme_from_table(table.float().cpu(), neox=bool(module.is_neox_style))

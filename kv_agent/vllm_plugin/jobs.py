@@ -1,0 +1,115 @@
+"""What scheduler and worker tell each other: plain values, no tensors, safe to send between processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from kv_agent.chunks import ChunkKey, ChunkRecord, ContentKey, Fingerprint, Scope, TurnId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkLoad:
+    """Write chunk tokens ``[skip, T)`` to positions from ``start`` on, keys rotated by ``delta``."""
+
+    record: ChunkRecord
+    skip: int
+    start: int
+    delta: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.record.num_tokens - self.skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadJob:
+    """Fill a waiting request's blocks with these chunks, in order of position."""
+
+    request_id: str
+    block_ids: tuple[int, ...]
+    chunks: tuple[ChunkLoad, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """Tokens of a finished request that become one new chunk."""
+
+    key: ChunkKey
+    content_key: ContentKey
+    parent: ChunkKey
+    start: int
+    token_ids: tuple[int, ...]
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptureJob:
+    """Copy a finished request's new tokens off the paged cache and store them as one turn.
+
+    ``content_keys`` are all chunks of the turn in order, the already stored ones included.
+    """
+
+    request_id: str
+    block_ids: tuple[int, ...]
+    turn_id: TurnId
+    scope: Scope
+    fingerprint: Fingerprint
+    context: tuple[Segment, ...]
+    content: tuple[Segment, ...]
+    content_keys: tuple[ChunkKey, ...]
+    content_tokens: tuple[int, ...]
+    created: float
+    metadata: Mapping[str, str | int | float | bool]
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        return self.context + self.content
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeJob:
+    """Pool the keys of prompt tokens ``[start, end)``, which are in the cache after this step."""
+
+    request_id: str
+    block_ids: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(slots=True, kw_only=True)
+class StepJobs:
+    """Scheduler to worker, once per engine step."""
+
+    loads: list[LoadJob] = field(default_factory=list)
+    captures: list[CaptureJob] = field(default_factory=list)
+    probes: list[ProbeJob] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadFailure:
+    """Chunk ``key`` could not be loaded to position ``start``; from there on tokens are computed."""
+
+    key: ChunkKey
+    start: int
+    reason: str
+
+
+@dataclass(slots=True, kw_only=True)
+class WorkerReport:
+    """Worker to scheduler: what became of the jobs since the last report."""
+
+    loaded: dict[str, LoadFailure | None] = field(default_factory=dict)
+    probes: dict[str, bytes] = field(default_factory=dict)
+    settled: dict[TurnId, str | None] = field(default_factory=dict)  # None: durable; else why not
+
+    def merge(self, other: WorkerReport) -> None:
+        self.loaded.update(other.loaded)
+        self.probes.update(other.probes)
+        self.settled.update(other.settled)
+
+    def __bool__(self) -> bool:
+        return bool(self.loaded or self.probes or self.settled)

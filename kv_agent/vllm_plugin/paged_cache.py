@@ -1,0 +1,101 @@
+"""The engine's paged KV of all layers behind two calls: read token ranges, write token ranges."""
+
+# L layers, T tokens, H kv heads, D head dim
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kv_agent.errors import UnsupportedModelError
+from kv_agent.vllm_plugin.paging import BlockLayout, SlotWriter, measure_layout, read_slots
+
+# vLLM never hands this block to a request; it pads block tables.
+NULL_BLOCK = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PagedLayer:
+    """One attention layer: its cache ``[blocks, heads, tokens, content]`` and its backend's writer."""
+
+    kv_cache_BHNC: Tensor
+    write: SlotWriter
+    num_kv_heads: int
+    head_dim: int
+
+
+class PagedCache:
+    """Reads and writes KV of token ranges given a request's block ids."""
+
+    def __init__(self, layers: Sequence[PagedLayer], block_tokens: int) -> None:
+        shapes = {(x.num_kv_heads, x.head_dim, x.kv_cache_BHNC.dtype) for x in layers}
+        if len(shapes) != 1:
+            raise UnsupportedModelError(
+                "the model's attention layers differ in KV heads, head size or dtype, which kv_agent does "
+                "not store; start without kv_agent"
+            )
+        self._layers = tuple(layers)
+        self.block_tokens = block_tokens
+        self.device = layers[0].kv_cache_BHNC.device
+        shape_PHD = (block_tokens, layers[0].num_kv_heads, layers[0].head_dim)
+        self._layouts = tuple(self._measure(layer, shape_PHD) for layer in layers)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._layers)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of KV per token over all layers."""
+        layer = self._layers[0]
+        return 2 * self.num_layers * layer.num_kv_heads * layer.head_dim * layer.kv_cache_BHNC.element_size()
+
+    def read(self, block_ids: Sequence[int], start: int, end: int) -> Tensor:
+        """KV of positions ``[start, end)`` -> host tensor ``[L, 2, T, H, D]``, keys as in the cache."""
+        blocks_T, offsets_T = self._slots(block_ids, start, end)
+        kv = [
+            read_slots(layer.kv_cache_BHNC, layout, blocks_T, offsets_T)
+            for layer, layout in zip(self._layers, self._layouts, strict=True)
+        ]
+        return torch.stack(kv).cpu()  # sync: the blocks are given back after this step
+
+    def write(self, kv_L2THD: Tensor, block_ids: Sequence[int], start: int) -> None:
+        """Put KV at positions ``[start, start + T)`` through the attention backend's own writer."""
+        blocks_T, offsets_T = self._slots(block_ids, start, start + kv_L2THD.shape[2])
+        slots_T = blocks_T * self.block_tokens + offsets_T
+        kv_L2THD = kv_L2THD.to(self.device, non_blocking=True)
+        for layer, kv_2THD in zip(self._layers, kv_L2THD, strict=True):
+            layer.write(kv_2THD[0].contiguous(), kv_2THD[1].contiguous(), slots_T)
+
+    def _slots(self, block_ids: Sequence[int], start: int, end: int) -> tuple[Tensor, Tensor]:
+        positions_T = torch.arange(start, end, device=self.device)
+        table = torch.tensor(block_ids, dtype=torch.int64, device=self.device)
+        return table[positions_T // self.block_tokens], positions_T % self.block_tokens
+
+    def _measure(self, layer: PagedLayer, shape_PHD: tuple[int, int, int]) -> BlockLayout:
+        layout = measure_layout(
+            layer.kv_cache_BHNC, layer.write, scratch_block=NULL_BLOCK, shape_PHD=shape_PHD
+        )
+        _check_layout(layer, layout, shape_PHD)
+        return layout
+
+
+def _check_layout(layer: PagedLayer, layout: BlockLayout, shape_PHD: tuple[int, int, int]) -> None:
+    """Write random KV to the null block and read it back: what the layout says must be bit-exact."""
+    cache = layer.kv_cache_BHNC
+    saved = cache[NULL_BLOCK].clone()
+    generator = torch.Generator().manual_seed(0)
+    kv_2PHD = torch.randn((2, *shape_PHD), generator=generator).to(cache.dtype).to(cache.device)
+    offsets_T = torch.arange(shape_PHD[0], device=cache.device)
+    try:
+        layer.write(kv_2PHD[0], kv_2PHD[1], offsets_T + NULL_BLOCK * shape_PHD[0])
+        read = read_slots(cache, layout, torch.full_like(offsets_T, NULL_BLOCK), offsets_T)
+    finally:
+        cache[NULL_BLOCK].copy_(saved)
+    if not torch.equal(read, kv_2PHD):
+        raise UnsupportedModelError(
+            "the attention backend changes KV when it stores it, so kv_agent cannot restore it bit-exactly; "
+            "choose another attention backend or start without kv_agent"
+        )

@@ -1,0 +1,177 @@
+"""Checking a plan: which of the chunks a request asks for may really go where it says. Pure decisions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from kv_agent.chunks import (
+    ChunkKey,
+    ChunkRecord,
+    Fingerprint,
+    Scope,
+    adapted_key,
+    chain_key,
+    root_key,
+)
+from kv_agent.config import PlanOptions
+from kv_agent.vllm_plugin.jobs import ChunkLoad
+
+
+class Refusal(StrEnum):
+    """Why a chunk was computed instead of loaded."""
+
+    UNKNOWN = "unknown chunk"
+    NAMESPACE = "chunk belongs to another namespace"
+    USER = "chunk belongs to another user"
+    FINGERPRINT = "chunk was computed by another model"
+    TOKENS = "prompt tokens differ from the chunk's"
+    QUARANTINED = "chunk is quarantined"
+    NO_SCOPE = "request carries no scope"
+    NO_SALT = "request has no cache_salt while prefix caching is on"
+    LORA = "request uses a LoRA adapter"
+    MULTIMODAL = "request has multimodal or embedded input"
+    FRESH_TURN = "chunk reaches into the fresh turn"
+    OVERLAP = "chunk overlaps the one before"
+    GAP = "tokens before the chunk are computed"
+    LOOKUP = "catalog could not be read"
+    LATE = "catalog look-up took too long"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """One chunk of a plan that was not used, and why."""
+
+    chunk_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacedChunk:
+    """A checked placement. ``context`` and ``after`` are the chain keys before and behind it."""
+
+    record: ChunkRecord
+    start: int
+    exact: bool
+    context: ChunkKey
+    after: ChunkKey
+
+    @property
+    def end(self) -> int:
+        return self.start + self.record.num_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedPlan:
+    """Placements that may be used, in order of position, and those that may not."""
+
+    root: ChunkKey
+    placed: tuple[PlacedChunk, ...] = ()
+    refused: tuple[Refused, ...] = ()
+
+    def reach(self, start: int) -> int:
+        """End of the tokens that can follow ``start`` computed ones without a gap."""
+        end = start
+        for chunk in self.placed:
+            if chunk.start <= end < chunk.end:
+                end = chunk.end
+        return end
+
+    def loads(self, start: int, end: int) -> tuple[ChunkLoad, ...]:
+        """What to load so that tokens ``[start, end)`` are in the cache."""
+        return tuple(
+            ChunkLoad(
+                record=chunk.record,
+                skip=max(0, start - chunk.start),
+                start=max(start, chunk.start),
+                delta=chunk.start - chunk.record.start,
+            )
+            for chunk in self.placed
+            if chunk.end > start and chunk.start < end
+        )
+
+    def without(self, key: ChunkKey, start: int, reason: str) -> CheckedPlan:
+        """The plan cut before the chunk that failed at ``start``: what follows is computed."""
+        gone = [chunk for chunk in self.placed if chunk.end > start]
+        refused = tuple(
+            Refused(
+                chunk_id=chunk.record.key,
+                reason=reason if chunk.record.key == key and chunk.start <= start else Refusal.GAP,
+            )
+            for chunk in gone
+        )
+        kept = tuple(chunk for chunk in self.placed if chunk.end <= start)
+        return replace(self, placed=kept, refused=self.refused + refused)
+
+
+def refuse_all(options: PlanOptions, root: ChunkKey, reason: str) -> CheckedPlan:
+    """A plan of which nothing is used."""
+    return CheckedPlan(
+        root=root,
+        refused=tuple(Refused(chunk_id=p.chunk_id, reason=reason) for p in options.placements),
+    )
+
+
+def check_plan(
+    options: PlanOptions,
+    records: Mapping[ChunkKey, ChunkRecord],
+    prompt_token_ids: Sequence[int],
+    scope: Scope,
+    fingerprint: Fingerprint,
+) -> CheckedPlan:
+    """Keep the placements whose scope, fingerprint, tokens and position hold; label exact ones.
+
+    A chunk is *exact* when it stands at its own position behind its own context, all of it computed
+    or exact: then its KV is bit-identical to computing it. Everything else is *adapted*. Text between
+    placements counts as computed in the context before it.
+    """
+    root = root_key(fingerprint, scope.namespace, scope.user_id)
+    last = min(options.fresh_start, len(prompt_token_ids) - 1)  # at least one token is computed
+    placed: list[PlacedChunk] = []
+    refused: list[Refused] = []
+    context, end = root, 0
+    for placement in sorted(options.placements, key=lambda p: p.start):
+        record = records.get(ChunkKey(placement.chunk_id))
+        reason = _objection(record, placement.start, end, last, prompt_token_ids, scope, fingerprint)
+        if record is None or reason is not None:
+            refused.append(Refused(chunk_id=placement.chunk_id, reason=reason or Refusal.UNKNOWN))
+            continue
+        if placement.start > end:
+            context = chain_key(context, prompt_token_ids[end : placement.start])
+        exact = record.parent == context and record.start == placement.start
+        after = record.key if exact else adapted_key(context, record.key)
+        placed.append(
+            PlacedChunk(record=record, start=placement.start, exact=exact, context=context, after=after)
+        )
+        context, end = after, placement.start + record.num_tokens
+    return CheckedPlan(root=root, placed=tuple(placed), refused=tuple(refused))
+
+
+def _objection(
+    record: ChunkRecord | None,
+    start: int,
+    end_before: int,
+    last: int,
+    prompt_token_ids: Sequence[int],
+    scope: Scope,
+    fingerprint: Fingerprint,
+) -> Refusal | None:
+    if record is None:
+        return Refusal.UNKNOWN
+    if record.namespace != scope.namespace:
+        return Refusal.NAMESPACE
+    if record.user_id != scope.user_id:
+        return Refusal.USER
+    if record.fingerprint != fingerprint:
+        return Refusal.FINGERPRINT
+    if record.quarantined:
+        return Refusal.QUARANTINED
+    if start < end_before:
+        return Refusal.OVERLAP
+    end = start + record.num_tokens
+    if end > last:
+        return Refusal.FRESH_TURN
+    if tuple(prompt_token_ids[start:end]) != record.token_ids:
+        return Refusal.TOKENS
+    return None

@@ -1,0 +1,81 @@
+"""Catalog look-ups for the scheduler, on a thread of their own: the engine's loop never waits for SQLite."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+from kv_agent.chunks import ChunkKey, ChunkRecord, Fingerprint, Scope, root_key
+from kv_agent.config import PlanOptions
+from kv_agent.errors import StorageError
+from kv_agent.vllm_plugin.chains import ChainIndex, walk
+from kv_agent.vllm_plugin.plan import CheckedPlan, Refusal, check_plan, refuse_all
+
+logger = logging.getLogger(__name__)
+
+
+class ChunkCatalog(Protocol):
+    """The part of the catalog that look-ups need."""
+
+    def chunks(self, keys: Sequence[ChunkKey]) -> Mapping[ChunkKey, ChunkRecord]: ...
+    def child_lengths(self, parent: ChunkKey) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """What the catalog says about one request: its checked plan and which of its text is stored."""
+
+    plan: CheckedPlan
+    known: ChainIndex
+
+
+class Resolver:
+    """Resolves requests in the background; a failed look-up refuses the plan, never the request."""
+
+    def __init__(self, catalog: ChunkCatalog, fingerprint: Fingerprint) -> None:
+        self._catalog = catalog
+        self._fingerprint = fingerprint
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kv-agent-resolver")
+
+    def submit(
+        self, token_ids: Sequence[int], scope: Scope, plan: PlanOptions | None, *, find_stored: bool
+    ) -> Future[Resolved]:
+        """Look up ``plan`` for a prompt; with ``find_stored`` also which of its tokens are stored."""
+        return self._pool.submit(self._resolve, tuple(token_ids), scope, plan, find_stored)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _resolve(
+        self, token_ids: tuple[int, ...], scope: Scope, options: PlanOptions | None, find_stored: bool
+    ) -> Resolved:
+        root = root_key(self._fingerprint, scope.namespace, scope.user_id)
+        known = ChainIndex()
+        try:
+            plan = CheckedPlan(root=root)
+            if options is not None:
+                keys = [ChunkKey(p.chunk_id) for p in options.placements]
+                plan = check_plan(options, self._catalog.chunks(keys), token_ids, scope, self._fingerprint)
+            if find_stored:
+                self._find_stored(known, root, token_ids, 0)
+                if plan.placed:
+                    self._find_stored(known, plan.placed[-1].after, token_ids, plan.placed[-1].end)
+        except StorageError as err:
+            logger.warning("catalog look-up failed, the request is computed: %s", err)
+            if options is not None:
+                return Resolved(plan=refuse_all(options, root, Refusal.LOOKUP), known=known)
+            return Resolved(plan=CheckedPlan(root=root), known=known)
+        return Resolved(plan=plan, known=known)
+
+    def _find_stored(
+        self, known: ChainIndex, context: ChunkKey, token_ids: tuple[int, ...], start: int
+    ) -> None:
+        def stored(keys: Sequence[ChunkKey]) -> set[ChunkKey]:
+            return {k for k, record in self._catalog.chunks(keys).items() if not record.quarantined}
+
+        for chunk in walk(context, token_ids, start, self._catalog.child_lengths, stored):
+            known.add(context, chunk.key, chunk.end - chunk.start)
+            context = chunk.key

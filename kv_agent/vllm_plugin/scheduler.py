@@ -1,0 +1,390 @@
+"""The scheduler's half of the connector: decides what is loaded, probed and captured. Holds no tensors."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import logging
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from kv_agent.chunks import ChunkKey, Fingerprint, Scope, TurnId, root_key
+from kv_agent.config import PluginConfig, RequestOptions, parse
+from kv_agent.errors import ConfigError
+from kv_agent.vllm_plugin.chains import ChainIndex, cut_segments, walk
+from kv_agent.vllm_plugin.jobs import CaptureJob, LoadFailure, LoadJob, ProbeJob, StepJobs, WorkerReport
+from kv_agent.vllm_plugin.plan import CheckedPlan, PlacedChunk, Refusal, Refused, refuse_all
+from kv_agent.vllm_plugin.resolver import Resolved, Resolver
+
+logger = logging.getLogger(__name__)
+
+PARAMS_KEY = "kv_agent"
+
+# A catalog that does not answer in this time is treated as not having the chunks.
+RESOLVE_TIMEOUT_S = 5.0
+
+# Adapted placements remembered by salt; past this many, every local hit under a salt is taken for adapted.
+MAX_ADAPTED_PLACEMENTS = 1_000_000
+
+
+class EngineRequest(Protocol):
+    """The part of vLLM's ``Request`` that decisions need."""
+
+    request_id: str
+    prompt_token_ids: list[int] | None
+    num_prompt_tokens: int
+    num_computed_tokens: int
+    cache_salt: str | None
+    kv_transfer_params: dict[str, Any] | None
+    lora_request: Any
+    mm_features: list[Any]
+    prompt_embeds: Any
+
+    @property
+    def all_token_ids(self) -> Sequence[int]: ...
+
+
+@dataclass(slots=True, kw_only=True)
+class _State:
+    """One request while it is in the engine."""
+
+    options: RequestOptions
+    scope: Scope
+    prompt: list[int]
+    salt: bytes | None
+    resolved: Future[Resolved] | None = None
+    resolve_deadline: float = 0.0
+    plan: CheckedPlan
+    known: ChainIndex = field(default_factory=ChainIndex)
+    local: int = 0  # tokens vLLM's own prefix cache had at the last look-up
+    injected_end: int = 0  # end of the tokens that are in the cache thanks to us or to the local hit
+    load_failed: bool = False
+    probe: bytes | None = None
+    error: str | None = None
+
+
+class SchedulerSide:
+    """Every decision of the plugin, as plain functions of requests and catalog answers."""
+
+    def __init__(
+        self,
+        config: PluginConfig,
+        fingerprint: Fingerprint,
+        resolver: Resolver,
+        *,
+        block_tokens: int,
+        prefix_caching: bool,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._config = config
+        self._fingerprint = fingerprint
+        self._resolver = resolver
+        self._block_tokens = block_tokens
+        self._prefix_caching = prefix_caching
+        self._clock = clock
+        self._states: dict[str, _State] = {}
+        self._probing: set[str] = set()
+        self._jobs = StepJobs()
+        self._pending = ChainIndex()  # captured here, not yet reported durable
+        self._pending_keys: dict[TurnId, tuple[ChunkKey, ...]] = {}
+        self._adapted_at: dict[bytes, set[tuple[ChunkKey, int]]] = {}  # salt -> chunks moved to positions
+        self._num_adapted = 0
+        self.counters: Counter[str] = Counter()
+
+    # -- a request's life ---------------------------------------------------------------------------
+
+    def new_request(self, request: EngineRequest) -> None:
+        raw = (request.kv_transfer_params or {}).get(PARAMS_KEY)
+        if raw is None:
+            return
+        error = None
+        try:
+            if not isinstance(raw, Mapping):
+                raise ConfigError(f"kv_transfer_params.{PARAMS_KEY} must be an object")
+            options = parse(RequestOptions, raw, f"kv_transfer_params.{PARAMS_KEY}")
+        except ConfigError as err:
+            self.counters["requests_malformed"] += 1
+            options, error = RequestOptions(store=False), str(err)
+        scope = options.scope.to_scope() if options.scope else Scope()
+        root = root_key(self._fingerprint, scope.namespace, scope.user_id)
+        state = _State(
+            options=options,
+            scope=scope,
+            prompt=request.prompt_token_ids or [],
+            salt=_digest(request.cache_salt) if request.cache_salt else None,
+            plan=CheckedPlan(root=root),
+            error=error,
+        )
+        self._states[request.request_id] = state
+        obstacle = self._obstacle(request, options)
+        captures = options.scope is not None and options.store and obstacle is None
+        if options.plan is not None and (reason := obstacle or self._no_injection(request, options)):
+            self._refuse(state, refuse_all(options.plan, root, reason))
+        elif options.plan is not None or captures:
+            state.resolved = self._resolver.submit(state.prompt, scope, options.plan, find_stored=captures)
+            state.resolve_deadline = time.monotonic() + RESOLVE_TIMEOUT_S
+        if options.probe is not None and obstacle is None:
+            self._probing.add(request.request_id)
+
+    def match(self, request_id: str, num_computed: int) -> tuple[int | None, bool]:
+        """How many tokens behind the first ``num_computed`` will be loaded; ``None``: ask again.
+
+        Called again and again by vLLM, so asking changes nothing but the note of the last answer.
+        """
+        state = self._states.get(request_id)
+        if state is None:
+            return 0, False
+        state.local = num_computed
+        if state.options.plan is None:
+            return 0, False
+        if not self._settle(state):
+            return None, False
+        count = max(0, state.plan.reach(num_computed) - num_computed)
+        return count, count > 0
+
+    def allocated(self, request_id: str, block_ids: Sequence[int], num_external: int) -> None:
+        """vLLM has reserved blocks for the ``num_external`` tokens that ``match`` promised."""
+        state = self._states.get(request_id)
+        if state is None or num_external == 0:
+            return
+        start, end = state.local, state.local + num_external
+        state.injected_end = end
+        self._note_salt(state)
+        self._jobs.loads.append(
+            LoadJob(request_id=request_id, block_ids=tuple(block_ids), chunks=state.plan.loads(start, end))
+        )
+
+    def probe_request_ids(self) -> frozenset[str]:
+        """Requests whose prefill has still to be probed."""
+        return frozenset(self._probing)
+
+    def prompt_tokens(self, request_id: str) -> int:
+        return len(self._states[request_id].prompt)
+
+    def prefill_done(self, request_id: str, block_ids: Sequence[int]) -> None:
+        """This step computes the last prompt token of a probing request."""
+        state = self._states[request_id]
+        self._probing.discard(request_id)
+        probe = state.options.probe
+        assert probe is not None
+        end = min(probe.end or len(state.prompt), len(state.prompt))
+        if probe.start >= end:
+            state.error = f"probe: start {probe.start} is not before end {end}"
+            return
+        self._jobs.probes.append(
+            ProbeJob(request_id=request_id, block_ids=tuple(block_ids), start=probe.start, end=end)
+        )
+
+    def take_jobs(self) -> StepJobs:
+        jobs, self._jobs = self._jobs, StepJobs()
+        return jobs
+
+    def report(self, report: WorkerReport) -> None:
+        for request_id, failure in report.loaded.items():
+            state = self._states.get(request_id)
+            if state is not None and failure is not None:
+                self._load_failed(state, failure)
+        for request_id, vector in report.probes.items():
+            if request_id in self._states:
+                self._states[request_id].probe = vector
+        for turn_id, trouble in report.settled.items():
+            self._pending.discard(self._pending_keys.pop(turn_id, ()))
+            self.counters["turns_stored" if trouble is None else "turns_lost"] += 1
+
+    def finished(
+        self, request: EngineRequest, block_ids: Sequence[int], *, complete: bool
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """The request ended: answer what was reused, and capture its new tokens if it is ``complete``.
+
+        Returns whether its blocks must stay until the worker has copied them, and the answer's fields.
+        """
+        self._probing.discard(request.request_id)
+        state = self._states.pop(request.request_id, None)
+        if state is None:
+            return False, None
+        self._settle(state)
+        answer = self._reuse(state, request.num_prompt_tokens)
+        job = self._capture(state, request, block_ids) if complete else None
+        if job is not None:
+            self._jobs.captures.append(job)
+            answer["turn_id"] = job.turn_id
+        return job is not None and bool(job.segments), {PARAMS_KEY: answer}
+
+    # -- decisions ----------------------------------------------------------------------------------
+
+    def _obstacle(self, request: EngineRequest, options: RequestOptions) -> Refusal | None:
+        """What keeps this request's KV from being named by its token ids alone."""
+        if request.lora_request is not None:
+            return Refusal.LORA
+        if request.mm_features or request.prompt_token_ids is None or request.prompt_embeds is not None:
+            return Refusal.MULTIMODAL
+        return None
+
+    def _no_injection(self, request: EngineRequest, options: RequestOptions) -> Refusal | None:
+        if options.scope is None:
+            return Refusal.NO_SCOPE
+        if self._prefix_caching and not request.cache_salt:
+            return Refusal.NO_SALT
+        return None
+
+    def _settle(self, state: _State) -> bool:
+        """Take the look-up's result if it is there; ``False`` while it is worth waiting for."""
+        if state.resolved is None:
+            return True
+        if not state.resolved.done():
+            if time.monotonic() < state.resolve_deadline:
+                return False
+            state.resolved = None
+            if state.options.plan is not None:
+                self._refuse(state, refuse_all(state.options.plan, state.plan.root, Refusal.LATE))
+            return True
+        try:
+            resolved = state.resolved.result()
+            state.known = resolved.known
+            self._refuse(state, resolved.plan)
+        except Exception:
+            logger.exception("look-up failed, the request is computed")
+            if state.options.plan is not None:
+                self._refuse(state, refuse_all(state.options.plan, state.plan.root, Refusal.LOOKUP))
+        state.resolved = None
+        return True
+
+    def _refuse(self, state: _State, plan: CheckedPlan) -> None:
+        state.plan = plan
+        for refused in plan.refused:
+            self.counters[f"refused: {refused.reason}"] += 1
+
+    def _load_failed(self, state: _State, failure: LoadFailure) -> None:
+        self.counters[f"load failed: {failure.reason}"] += 1
+        state.load_failed = True
+        state.plan = state.plan.without(failure.key, failure.start, failure.reason)
+        # vLLM keeps whole valid blocks and asks again only when not even one is left.
+        state.injected_end = failure.start - failure.start % self._block_tokens
+        self._pending.discard([failure.key])
+
+    def _note_salt(self, state: _State) -> None:
+        """Remember which adapted KV vLLM's prefix cache may now hold under this request's salt."""
+        moved = {(c.record.key, c.start) for c in state.plan.placed if not c.exact}
+        if state.salt is None or not moved or self._num_adapted >= MAX_ADAPTED_PLACEMENTS:
+            return
+        known = self._adapted_at.setdefault(state.salt, set())
+        self._num_adapted += len(moved - known)
+        known |= moved
+
+    def _has_foreign_hit(self, state: _State) -> bool:
+        """Whether the local hit may hold adapted KV that this request's own plan does not account for."""
+        if state.salt is None or state.local == 0:
+            return False
+        if self._num_adapted >= MAX_ADAPTED_PLACEMENTS:
+            return True
+        mine = {(chunk.record.key, chunk.start) for chunk in state.plan.placed}
+        moved = self._adapted_at.get(state.salt, set())
+        return any(start < state.local for _, start in moved - mine)
+
+    def _reuse(self, state: _State, num_prompt_tokens: int) -> dict[str, Any]:
+        """Tokens of the prompt by where their KV came from, and what was refused."""
+        local = min(state.local, num_prompt_tokens)
+        end = max(local, min(state.injected_end, num_prompt_tokens))
+        exact = adapted = 0
+        used: list[PlacedChunk] = []
+        for chunk in state.plan.placed:
+            # A block-aligned cut after a failed load may end inside a chunk.
+            count = max(0, min(chunk.end, end) - chunk.start)
+            if count:
+                used.append(chunk)
+                exact += count if chunk.exact else 0
+                adapted += 0 if chunk.exact else count
+        if self._has_foreign_hit(state):
+            # Whatever was found under this salt may have been placed there by another plan.
+            below = sum(max(0, min(c.end, local) - c.start) for c in used if c.exact)
+            plain = local - sum(max(0, min(c.end, local) - c.start) for c in used)
+            exact, adapted = exact - below, adapted + below + plain
+        unreached = [
+            Refused(chunk_id=chunk.record.key, reason=Refusal.GAP)
+            for chunk in state.plan.placed
+            if chunk not in used
+        ]
+        self.counters["tokens_exact"] += exact
+        self.counters["tokens_adapted"] += adapted
+        self.counters["tokens_computed"] += num_prompt_tokens - end
+        answer: dict[str, Any] = {
+            "exact": exact,
+            "adapted": adapted,
+            "local": end - exact - adapted,
+            "computed": num_prompt_tokens - end,
+            "chunk_ids": [chunk.record.key for chunk in used],
+            "refused": [_as_dict(r) for r in (*state.plan.refused, *unreached)],
+            "fingerprint": self._fingerprint,
+        }
+        if state.error is not None:
+            answer["error"] = state.error
+        if state.probe is not None:
+            answer["probe"] = base64.b64encode(state.probe).decode()
+        return answer
+
+    def _capture(self, state: _State, request: EngineRequest, block_ids: Sequence[int]) -> CaptureJob | None:
+        options = state.options
+        if options.scope is None or not options.store or state.error is not None:
+            return None
+        if self._obstacle(request, options) is not None or self._has_foreign_hit(state):
+            return None
+        adapted = any(not chunk.exact for chunk in state.plan.placed)
+        if state.load_failed and adapted:
+            return None  # which tokens saw which context is no longer certain
+        tokens = request.all_token_ids
+        end = min(request.num_computed_tokens, len(tokens) - 1)  # the last sampled token has no KV
+        context, start = state.plan.root, 0
+        if state.plan.placed and state.plan.placed[-1].end <= max(state.injected_end, state.local):
+            context, start = state.plan.placed[-1].after, state.plan.placed[-1].end
+        elif adapted:
+            return None
+        known = walk(context, tokens[:end], start, self._lengths_of(state), self._exists(state))
+        if known:
+            context, start = known[-1].key, known[-1].end
+        if start >= end and options.content_start is None:
+            return None  # all of it is stored already
+        split = min(max(start, options.content_start or 0), end)
+        cut = self._config.chunk_tokens
+        before = cut_segments(context, tokens, start, split, cut, self._fingerprint)
+        context = before[-1].key if before else context
+        content = cut_segments(context, tokens, split, end, cut, self._fingerprint)
+        first = split if options.content_start is None else options.content_start
+        stored = tuple(chunk for chunk in known if chunk.start >= first)
+        if not content and not stored and not before:
+            return None
+        job = CaptureJob(
+            request_id=request.request_id,
+            block_ids=tuple(block_ids),
+            turn_id=TurnId(uuid.uuid4().hex),
+            scope=state.scope,
+            fingerprint=self._fingerprint,
+            context=before,
+            content=content,
+            content_keys=tuple(c.key for c in stored) + tuple(s.key for s in content),
+            content_tokens=tuple(tokens[min([c.start for c in stored] + [split]) : end]),
+            created=self._clock(),
+            metadata=options.metadata,
+        )
+        for segment in job.segments:
+            self._pending.add(segment.parent, segment.key, len(segment.token_ids))
+        self._pending_keys[job.turn_id] = tuple(segment.key for segment in job.segments)
+        return job
+
+    def _lengths_of(self, state: _State) -> Callable[[ChunkKey], list[int]]:
+        return lambda parent: [*state.known.lengths(parent), *self._pending.lengths(parent)]
+
+    def _exists(self, state: _State) -> Callable[[Sequence[ChunkKey]], set[ChunkKey]]:
+        return lambda keys: {k for k in keys if k in state.known or k in self._pending}
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def _as_dict(refused: Refused) -> dict[str, str]:
+    return {"chunk_id": refused.chunk_id, "reason": str(refused.reason)}

@@ -1,0 +1,255 @@
+"""The worker's half of the connector: moves bytes between paged cache and store. Makes no policy."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kv_agent.chunks import ChunkRecord, TurnId, TurnRecord
+from kv_agent.errors import CorruptChunkError, StorageError
+from kv_agent.kv.rope import RotaryScheme, rotate_keys
+from kv_agent.retrieval.pooling import pool_keys, to_bytes
+from kv_agent.storage.blobs import MissingBlobError
+from kv_agent.storage.store import LocalStore, NewChunk
+from kv_agent.storage.writer import BackgroundWriter
+from kv_agent.vllm_plugin.jobs import (
+    CaptureJob,
+    ChunkLoad,
+    LoadFailure,
+    LoadJob,
+    ProbeJob,
+    Segment,
+    StepJobs,
+    WorkerReport,
+)
+from kv_agent.vllm_plugin.paged_cache import PagedCache
+
+logger = logging.getLogger(__name__)
+
+# A load that takes longer is given up and its tokens are computed; what arrives later is dropped.
+LOAD_TIMEOUT_S = 30.0
+
+CLOSE_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Fetched:
+    """Chunks read for one job, rotated to their new positions, up to the first that failed."""
+
+    parts: tuple[tuple[ChunkLoad, Tensor], ...]
+    failure: LoadFailure | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Loading:
+    job: LoadJob
+    fetched: Future[_Fetched]
+    deadline: float
+
+
+class WorkerSide:
+    """Executes the scheduler's jobs; every method is called on the engine's step thread."""
+
+    def __init__(
+        self,
+        cache: PagedCache,
+        store: LocalStore,
+        scheme: RotaryScheme,
+        *,
+        pooled_layers: Sequence[int],
+        queue_bytes: int,
+        load_threads: int,
+        decode: Callable[[Sequence[int]], str],
+    ) -> None:
+        self._cache = cache
+        self._store = store
+        self._scheme = scheme
+        self._pooled_layers = tuple(pooled_layers)
+        self._decode = decode
+        self._writer = BackgroundWriter(queue_bytes)
+        self._readers = ThreadPoolExecutor(load_threads, thread_name_prefix="kv-agent-reader")
+        self._loading: dict[str, _Loading] = {}
+        self._report = WorkerReport()
+        self._report_lock = threading.Lock()
+        self._sent: set[str] = set()
+        self._received: set[str] = set()
+        self._invalid_blocks: set[int] = set()
+
+    # -- called by the connector every step ------------------------------------------------------------
+
+    def start(self, jobs: StepJobs) -> None:
+        """Start reading for new loads and put what has been read into the cache."""
+        for job in jobs.loads:
+            self._loading[job.request_id] = _Loading(
+                job=job,
+                fetched=self._readers.submit(self._fetch, job),
+                deadline=time.monotonic() + LOAD_TIMEOUT_S,
+            )
+        for loading in list(self._loading.values()):
+            if loading.fetched.done() or time.monotonic() > loading.deadline:
+                del self._loading[loading.job.request_id]
+                self._finish_load(loading)
+
+    def save(self, jobs: StepJobs) -> None:
+        """After the forward pass: pool probed keys and copy finished turns off the cache."""
+        for probe in jobs.probes:
+            self._probe(probe)
+        for capture in jobs.captures:
+            self._capture(capture)
+
+    def take_finished(self) -> tuple[set[str], set[str]]:
+        """Requests whose blocks may be freed after capture, and those whose load has ended."""
+        done = self._sent, self._received
+        self._sent, self._received = set(), set()
+        return done
+
+    def take_invalid_blocks(self) -> set[int]:
+        blocks, self._invalid_blocks = self._invalid_blocks, set()
+        return blocks
+
+    def take_report(self) -> WorkerReport:
+        with self._report_lock:
+            report, self._report = self._report, WorkerReport()
+        return report
+
+    def close(self) -> None:
+        """Finish what was captured, then let go of files and threads."""
+        self._readers.shutdown(wait=True, cancel_futures=True)
+        if not self._writer.close(CLOSE_TIMEOUT_S):
+            logger.warning("closing before all captured turns were written")
+        self._store.close()
+
+    # -- loading ------------------------------------------------------------------------------------
+
+    def _fetch(self, job: LoadJob) -> _Fetched:
+        parts: list[tuple[ChunkLoad, Tensor]] = []
+        for chunk in job.chunks:
+            try:
+                parts.append((chunk, self._read(chunk)))
+            except Exception as err:
+                return _Fetched(parts=tuple(parts), failure=self._failure(chunk, err))
+        return _Fetched(parts=tuple(parts), failure=None)
+
+    def _read(self, chunk: ChunkLoad) -> Tensor:
+        kv_L2THD = self._store.load(chunk.record)[:, :, chunk.skip :]
+        if chunk.delta == 0:
+            return kv_L2THD
+        moved_L2THD = kv_L2THD.clone()
+        moved_L2THD[:, 0] = rotate_keys(kv_L2THD[:, 0], chunk.delta, self._scheme)
+        return moved_L2THD
+
+    def _failure(self, chunk: ChunkLoad, err: Exception) -> LoadFailure:
+        key = chunk.record.key
+        if isinstance(err, MissingBlobError | CorruptChunkError):
+            reason = "blob is missing" if isinstance(err, MissingBlobError) else "blob is corrupt"
+            self._quarantine(chunk.record, reason)
+            logger.warning("chunk %s is computed again and quarantined: %s", key[:8], err)
+        else:
+            reason = "blob could not be read"
+            known = isinstance(err, StorageError)
+            logger.warning("chunk %s is computed again: %s", key[:8], err, exc_info=not known)
+        return LoadFailure(key=key, start=chunk.start, reason=reason)
+
+    def _quarantine(self, record: ChunkRecord, reason: str) -> None:
+        try:
+            self._store.quarantine(record.key, reason)
+        except StorageError as err:
+            logger.warning("chunk %s could not be quarantined: %s", record.key[:8], err)
+
+    def _finish_load(self, loading: _Loading) -> None:
+        job, first = loading.job, loading.job.chunks[0]
+        failure: LoadFailure | None
+        if loading.fetched.done():
+            fetched = loading.fetched.result()
+            failure = fetched.failure
+            for chunk, kv_L2THD in fetched.parts:
+                self._cache.write(kv_L2THD, job.block_ids, chunk.start)
+        else:
+            failure = LoadFailure(key=first.record.key, start=first.start, reason="load took too long")
+        if failure is not None:
+            first_block = failure.start // self._cache.block_tokens
+            last_block = (job.chunks[-1].end - 1) // self._cache.block_tokens
+            self._invalid_blocks.update(job.block_ids[first_block : last_block + 1])
+        self._received.add(job.request_id)
+        with self._report_lock:
+            self._report.loaded[job.request_id] = failure
+
+    # -- probing and capturing -----------------------------------------------------------------------
+
+    def _probe(self, job: ProbeJob) -> None:
+        kv_L2THD = self._cache.read(job.block_ids, job.start, job.end)
+        vector = to_bytes(self._pool(kv_L2THD, job.start))
+        with self._report_lock:
+            self._report.probes[job.request_id] = vector
+
+    def _pool(self, kv_L2THD: Tensor, start: int) -> Tensor:
+        return pool_keys(kv_L2THD[:, 0], start, self._scheme, self._pooled_layers)
+
+    def _capture(self, job: CaptureJob) -> None:
+        segments = job.segments
+        if not segments:
+            self._submit(job, 0, lambda: self._store_turn(job, (), ()))
+            return
+        start, end = segments[0].start, segments[-1].end
+        num_bytes = (end - start) * self._cache.token_bytes
+        if not self._writer.has_room(num_bytes):
+            self._submit(job, num_bytes, lambda: None)  # counts the drop
+            self._sent.add(job.request_id)
+            return
+        kv_L2THD = self._cache.read(job.block_ids, start, end)
+        self._sent.add(job.request_id)
+
+        def store() -> None:
+            def new_chunks(parts: Sequence[Segment], *, pooled: bool) -> tuple[NewChunk, ...]:
+                return tuple(self._new_chunk(part, kv_L2THD, start, pooled=pooled) for part in parts)
+
+            self._store_turn(job, new_chunks(job.context, pooled=False), new_chunks(job.content, pooled=True))
+
+        self._submit(job, num_bytes, store)
+
+    def _new_chunk(self, part: Segment, kv_L2THD: Tensor, first: int, *, pooled: bool) -> NewChunk:
+        part_L2THD = kv_L2THD[:, :, part.start - first : part.end - first].contiguous()
+        return NewChunk(
+            key=part.key,
+            content_key=part.content_key,
+            parent=part.parent,
+            start=part.start,
+            token_ids=part.token_ids,
+            kv=part_L2THD,
+            vector=to_bytes(self._pool(part_L2THD, part.start)) if pooled else None,
+        )
+
+    def _store_turn(self, job: CaptureJob, context: Sequence[NewChunk], content: Sequence[NewChunk]) -> None:
+        turn = TurnRecord(
+            turn_id=job.turn_id,
+            scope=job.scope,
+            fingerprint=job.fingerprint,
+            chunk_keys=job.content_keys,
+            num_tokens=len(job.content_tokens),
+            text=self._decode(job.content_tokens),
+            created=job.created,
+            metadata=job.metadata,
+        )
+        self._store.put_turn(turn, context, content)
+
+    def _submit(self, job: CaptureJob, num_bytes: int, store: Callable[[], None]) -> None:
+        def run() -> None:
+            trouble: str | None = "could not be written"
+            try:
+                store()
+                trouble = None
+            finally:
+                self._settle(job.turn_id, trouble)
+
+        if not self._writer.submit(num_bytes, run):
+            self._settle(job.turn_id, "write queue is full")
+
+    def _settle(self, turn_id: TurnId, trouble: str | None) -> None:
+        with self._report_lock:
+            self._report.settled[turn_id] = trouble
