@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -40,15 +40,19 @@ class _Strict(BaseModel):
 
 
 class PluginConfig(_Strict):
-    """Settings of the connector, the same for scheduler and workers."""
+    """Settings of the connector, the same for scheduler and workers.
+
+    ``host_bytes`` and ``device_bytes`` bound the chunks kept in host and GPU memory, ``queue_bytes`` those
+    waiting to be written. ``pooled_layers`` are the layers whose keys a search compares.
+    """
 
     store: Path = Field(default_factory=default_store_dir)
     chunk_tokens: int = Field(default=256, ge=1, le=65_536)
+    device_bytes: int = Field(default=0, ge=0)
     host_bytes: int = Field(default=1 << 30, ge=0)
     queue_bytes: int = Field(default=512 << 20, gt=0)
-    pooled_layers: tuple[int, ...] = Field(default=(0,), min_length=1)
+    pooled_layers: tuple[int, ...] = Field(default=(0, 1), min_length=1)
     load_threads: int = Field(default=2, ge=1, le=64)
-    hot: Literal["host", "device"] = "host"
 
 
 class Placement(_Strict):

@@ -24,6 +24,9 @@ Backend = Literal["auto", "gpu", "cpu"]
 
 BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "examples" / "models" / "recall-3m"
 
+# GPU memory for hot chunks when the backend is a GPU; settings={"device_bytes": ...} overrides it.
+DEVICE_BYTES = 1 << 30
+
 DURABLE_TIMEOUT_S = 60.0
 _POLL_S = 0.002
 
@@ -52,11 +55,11 @@ class CacheManager:
         self._attached: set[tuple[str, str]] = set()
         self._closed = False
         root = Path(store).expanduser() if store is not None else default_store_dir()
-        hot = "device" if _resolve_backend(backend) == "gpu" else "host"
+        device_bytes = DEVICE_BYTES if _resolve_backend(backend) == "gpu" else 0
         self._store = LocalStore(root, host_bytes=0)
         try:
             self._engine = (
-                _start_vllm(model, root, {"hot": hot, **(settings or {})}, engine_options)
+                _start_vllm(model, root, {"device_bytes": device_bytes, **(settings or {})}, engine_options)
                 if engine == "vllm"
                 else engine
             )
@@ -88,7 +91,7 @@ class CacheManager:
         self.ensure_prefix(scope, system_prompt)
         prefix = self.prompts.prefix(system_prompt)
         token_ids = prefix + self.prompts.turn(prompt, response)
-        self._check_length(len(token_ids) + 1)
+        self.check_length(len(token_ids) + 1, "the turn")
         call = Call(
             token_ids=token_ids,
             max_tokens=1,
@@ -186,13 +189,20 @@ class CacheManager:
         prefix = self.prompts.prefix(system_prompt)
         if not prefix or self.prefix_record(scope, system_prompt) is not None:
             return
-        self._check_length(len(prefix) + 1)
+        self.check_length(len(prefix) + 1, "the system prompt")
         options = {"scope": scope_options(scope), "content_start": len(prefix)}
         self.run(Call(token_ids=prefix, max_tokens=1, options=options))
         self.wait_durable()
 
     def chunk_records(self, keys: Sequence[ChunkKey]) -> dict[ChunkKey, ChunkRecord]:
         return self._store.catalog.chunks(keys)
+
+    def check_length(self, num_tokens: int, what: str) -> None:
+        """Raise unless ``num_tokens`` fit the model's context."""
+        if num_tokens > self.max_model_len:
+            raise ConfigError(
+                f"{what} needs {num_tokens} tokens, the model takes {self.max_model_len}; make it shorter"
+            )
 
     def _only_scope(self) -> Scope:
         if len(self._attached) > 1:
@@ -202,12 +212,6 @@ class CacheManager:
         for namespace, user_id in self._attached:
             return Scope(namespace=namespace, user_id=user_id)
         return Scope()
-
-    def _check_length(self, num_tokens: int) -> None:
-        if num_tokens > self.max_model_len:
-            raise ConfigError(
-                f"the text needs {num_tokens} tokens, the model takes {self.max_model_len}; split it into parts"
-            )
 
 
 def scope_options(scope: Scope) -> dict[str, str | None]:

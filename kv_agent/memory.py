@@ -121,11 +121,7 @@ class AgentMemory:
             manager.prompts.fresh(query),
             max_prompt_tokens=manager.max_model_len - max_tokens,
         )
-        if len(prompt.token_ids) + max_tokens > manager.max_model_len:
-            raise ConfigError(
-                f"query and answer need {len(prompt.token_ids) + max_tokens} tokens, the model takes "
-                f"{manager.max_model_len}; shorten the query or lower max_tokens"
-            )
+        manager.check_length(len(prompt.token_ids) + max_tokens, "the query with its answer")
         completion = manager.run(
             Call(
                 token_ids=prompt.token_ids,
@@ -185,10 +181,7 @@ class AgentMemory:
         prefix = self._manager.prompts.prefix(self._system_prompt)
         fresh = self._manager.prompts.fresh(query)
         token_ids = prefix + fresh.token_ids
-        if len(token_ids) + 2 > self._manager.max_model_len:
-            raise ConfigError(
-                f"the query needs {len(token_ids) + 2} tokens, the model takes {self._manager.max_model_len}; shorten it"
-            )
+        self._manager.check_length(len(token_ids) + 2, "the query")
         probe = {"start": len(prefix) + fresh.start, "end": len(prefix) + fresh.end}
         # What a prefill computed reaches its own answer only if the request lives one step longer.
         completion = self._manager.run(

@@ -61,7 +61,7 @@ class VllmEngine:
                 )
             except Exception as err:
                 raise EngineError(
-                    f"vLLM could not start with model {model}: {err}. The lines above from EngineCore name the cause"
+                    f"vLLM could not start with model {model}: {err} (the log above names the cause)"
                 ) from err
         config = self._llm.llm_engine.vllm_config
         self._fingerprint = fingerprint_of(fingerprint_details(config))

@@ -52,7 +52,7 @@ def scheme_from_table(cos_sin_PR: Tensor, *, neox: bool) -> RotaryScheme:
     if cos_sin_PR.ndim != 2 or cos_sin_PR.shape[0] < 2 or cos_sin_PR.shape[1] < 2 or cos_sin_PR.shape[1] % 2:
         raise ValueError(f"the rotary table must be [positions >= 2, even], got {list(cos_sin_PR.shape)}")
     table_PR = cos_sin_PR.detach().cpu()
-    inv_freq_F = _fit(table_PR, _unwrap(table_PR))
+    inv_freq_F = _unwrap(table_PR)
     _check_linear(table_PR, inv_freq_F)
     return RotaryScheme(inv_freq=tuple(inv_freq_F.tolist()), rotary_dim=table_PR.shape[1], neox=neox)
 
@@ -137,7 +137,10 @@ def _wrap(angle: Tensor) -> Tensor:
 
 
 def _unwrap(table_PR: Tensor) -> Tensor:
-    """A first estimate -> [F], float64: known well enough at ``p``, an angle can be unwrapped at ``2 p``."""
+    """Frequencies -> [F], float64: known from position ``p``, the angle at ``2 p`` can be unwrapped.
+
+    Powers of two are also where the model's float32 product of position and frequency is exact.
+    """
     inv_freq_F = torch.zeros(table_PR.shape[1] // 2, dtype=torch.float64)
     position = 1
     while position < table_PR.shape[0]:
@@ -145,18 +148,6 @@ def _unwrap(table_PR: Tensor) -> Tensor:
         inv_freq_F = inv_freq_F + _wrap(row.angle_NF[0] - position * inv_freq_F) / position
         position *= 2
     return inv_freq_F
-
-
-def _fit(table_PR: Tensor, inv_freq_F: Tensor) -> Tensor:
-    """Least squares over all positions, weighted by the float32 error expected at each -> [F], float64."""
-    top_F = torch.zeros_like(inv_freq_F)
-    bottom_F = torch.zeros_like(inv_freq_F)
-    for block in _blocks(table_PR):
-        expected_NF = block.positions_N1 * inv_freq_F
-        weight_NF = block.positions_N1 / (1 + expected_NF.abs()).square()
-        top_F += (weight_NF * _wrap(block.angle_NF - expected_NF)).sum(dim=0)
-        bottom_F += (weight_NF * block.positions_N1).sum(dim=0)
-    return inv_freq_F + top_F / bottom_F
 
 
 def _check_linear(table_PR: Tensor, inv_freq_F: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Chunks kept in host memory, bounded in bytes, least recently used out first."""
+"""Chunks kept in memory, bounded in bytes, least recently used out first."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 from kv_agent.chunks import ChunkKey
 
 
-class HostCache:
+class ChunkCache:
     """Thread-safe LRU of chunk tensors; ``limit_bytes`` 0 keeps nothing. Nobody modifies a cached tensor."""
 
     def __init__(self, limit_bytes: int) -> None:
         if limit_bytes < 0:
             raise ValueError(f"limit_bytes must be >= 0, got {limit_bytes}")
-        self._limit_bytes = limit_bytes
+        self.limit_bytes = limit_bytes
         self._used_bytes = 0
         self._tensors: OrderedDict[ChunkKey, Tensor] = OrderedDict()
         self._lock = threading.Lock()
@@ -31,7 +31,7 @@ class HostCache:
 
     def put(self, key: ChunkKey, tensor: Tensor) -> None:
         """Keep ``tensor`` in place of an older one; one larger than the limit is not kept."""
-        fits = tensor.nbytes <= self._limit_bytes and self._limit_bytes > 0
+        fits = tensor.nbytes <= self.limit_bytes and self.limit_bytes > 0
         if fits and tensor.untyped_storage().nbytes() > tensor.nbytes:
             tensor = tensor.clone()  # a view would keep its whole buffer alive, uncounted
         with self._lock:
@@ -40,7 +40,7 @@ class HostCache:
                 return
             self._tensors[key] = tensor
             self._used_bytes += tensor.nbytes
-            while self._used_bytes > self._limit_bytes:
+            while self._used_bytes > self.limit_bytes:
                 self._remove(next(iter(self._tensors)))
 
     def discard(self, key: ChunkKey) -> None:

@@ -70,9 +70,11 @@ CONTENT_OF_TURNS = """
     WHERE role = 'content' AND turn_id IN (SELECT value FROM json_each(?))
     ORDER BY turn_id, idx
 """
+# A turn without content only holds a prompt prefix in place; nobody remembers it.
 LIST_TURNS = f"""
     SELECT {TURN_COLUMNS} FROM turns t
     WHERE t.namespace = :namespace AND t.user_id = :user_id
+        AND EXISTS (SELECT 1 FROM turn_chunks c WHERE c.turn_id = t.turn_id AND c.role = 'content')
         AND (:agent_id IS NULL OR t.agent_id = :agent_id)
         AND (:session_id IS NULL OR t.session_id = :session_id)
         AND (:before IS NULL OR t.created < :before)

@@ -20,7 +20,7 @@ from kv_agent.errors import CorruptChunkError, StorageError
 from kv_agent.storage import codec
 from kv_agent.storage.blobs import BlobFiles, MissingBlobError
 from kv_agent.storage.catalog import Catalog
-from kv_agent.storage.lru import HostCache
+from kv_agent.storage.lru import ChunkCache
 from kv_agent.storage.turn_writes import AddResult, UnknownChunkError
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class LocalStore:
         except OSError as err:
             raise StorageError(f"cannot create the store directory {root}: {err}") from err
         self._blobs = BlobFiles(root)
-        self._cache = HostCache(host_bytes)
+        self._cache = ChunkCache(host_bytes)
         self._catalog = Catalog(root / "catalog.sqlite3")
 
     @property

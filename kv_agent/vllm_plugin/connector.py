@@ -18,6 +18,7 @@ from vllm.model_executor.layers import rotary_embedding
 from vllm.v1.request import RequestStatus
 
 from kv_agent.config import PluginConfig, parse
+from kv_agent.errors import ConfigError
 from kv_agent.kv.rope import RotaryScheme, scheme_from_table
 from kv_agent.storage.store import LocalStore
 from kv_agent.vllm_plugin.fingerprint import fingerprint_details, fingerprint_of
@@ -82,7 +83,15 @@ class KVAgentConnector(KVConnectorBase_V1):
         details = fingerprint_details(self._vllm_config)
         fingerprint = fingerprint_of(details)
         self._store = LocalStore(self._config.store, host_bytes=0)
-        self._store.catalog.register_fingerprint(fingerprint, details)
+        catalog = self._store.catalog
+        pooled = list(self._pooled_layers(details["layers"]))
+        catalog.register_fingerprint(fingerprint, details | {"pooled_layers": pooled})
+        known = (catalog.fingerprint_details(fingerprint) or {}).get("pooled_layers")
+        if known != pooled:
+            raise ConfigError(
+                f"this store's memories of this model are found by the keys of layers {known}, not {pooled}; "
+                f"set pooled_layers to {known} or use another store"
+            )
         self._resolver = Resolver(self._store.catalog, fingerprint)
         self._scheduler = SchedulerSide(
             self._config,
@@ -140,11 +149,25 @@ class KVAgentConnector(KVConnectorBase_V1):
             cache,
             LocalStore(self._config.store, host_bytes=self._config.host_bytes),
             scheme,
-            pooled_layers=[layer % cache.num_layers for layer in self._config.pooled_layers],
+            pooled_layers=self._pooled_layers(cache.num_layers),
+            device_bytes=self._device_bytes(cache),
             queue_bytes=self._config.queue_bytes,
             load_threads=self._config.load_threads,
             decode=TurnDecoder(self._vllm_config.model_config),
         )
+
+    def _pooled_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Layers to pool, in order; negative ones count from the last, absent ones are left out."""
+        wanted = self._config.pooled_layers
+        layers = tuple(sorted({i % num_layers for i in wanted if -num_layers <= i < num_layers}))
+        if not layers:
+            raise ConfigError(f"pooled_layers {list(wanted)} are all beyond the model's {num_layers} layers")
+        return layers
+
+    def _device_bytes(self, cache: PagedCache) -> int:
+        if self._config.device_bytes and cache.device.type == "cpu":
+            raise ConfigError("device_bytes needs a GPU, this engine runs on CPU; set host_bytes instead")
+        return self._config.device_bytes
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         self._moving.start(self._jobs)

@@ -265,7 +265,8 @@ class SchedulerSide:
         state.plan = state.plan.without(failure.key, failure.start, failure.reason)
         # vLLM keeps whole valid blocks and asks again only when not even one is left.
         state.injected_end = failure.start - failure.start % self._block_tokens
-        self._pending.discard([failure.key])
+        for index in (self._pending, state.known):
+            index.discard([failure.key])  # so that what is computed now is stored again
 
     def _note_salt(self, state: _State) -> None:
         """Remember which adapted KV vLLM's prefix cache may now hold under this request's salt."""

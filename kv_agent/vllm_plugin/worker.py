@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from kv_agent.errors import CorruptChunkError, StorageError
 from kv_agent.kv.rope import RotaryScheme, rotate_keys
 from kv_agent.retrieval.pooling import pool_keys, to_bytes
 from kv_agent.storage.blobs import MissingBlobError
+from kv_agent.storage.lru import ChunkCache
 from kv_agent.storage.store import LocalStore, NewChunk
 from kv_agent.storage.writer import BackgroundWriter
 from kv_agent.vllm_plugin.jobs import (
@@ -31,6 +34,8 @@ from kv_agent.vllm_plugin.jobs import (
 from kv_agent.vllm_plugin.paged_cache import PagedCache
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # A load that takes longer is given up and its tokens are computed; what arrives later is dropped.
 LOAD_TIMEOUT_S = 30.0
@@ -63,6 +68,7 @@ class WorkerSide:
         scheme: RotaryScheme,
         *,
         pooled_layers: Sequence[int],
+        device_bytes: int,
         queue_bytes: int,
         load_threads: int,
         decode: Callable[[Sequence[int]], str],
@@ -72,6 +78,7 @@ class WorkerSide:
         self._scheme = scheme
         self._pooled_layers = tuple(pooled_layers)
         self._decode = decode
+        self._on_device = ChunkCache(device_bytes)
         self._writer = BackgroundWriter(queue_bytes)
         self._readers = ThreadPoolExecutor(load_threads, thread_name_prefix="kv-agent-reader")
         self._loading: dict[str, _Loading] = {}
@@ -99,9 +106,12 @@ class WorkerSide:
     def save(self, jobs: StepJobs) -> None:
         """After the forward pass: pool probed keys and copy finished turns off the cache."""
         for probe in jobs.probes:
-            self._probe(probe)
+            _attempt(partial(self._probe, probe), None)
         for capture in jobs.captures:
-            self._capture(capture)
+            if trouble := _attempt(partial(self._capture, capture), "could not be copied"):
+                self._settle(capture.turn_id, trouble)
+            if capture.segments:  # otherwise its blocks were not kept for us
+                self._sent.add(capture.request_id)
 
     def take_finished(self) -> tuple[set[str], set[str]]:
         """Requests whose blocks may be freed after capture, and those whose load has ended."""
@@ -132,19 +142,25 @@ class WorkerSide:
         for chunk in job.chunks:
             try:
                 parts.append((chunk, self._read(chunk)))
-            except Exception as err:
+            except StorageError as err:
                 return _Fetched(parts=tuple(parts), failure=self._failure(chunk, err))
         return _Fetched(parts=tuple(parts), failure=None)
 
     def _read(self, chunk: ChunkLoad) -> Tensor:
-        kv_L2THD = self._store.load(chunk.record)[:, :, chunk.skip :]
+        kv_L2THD = self._on_device.get(chunk.record.key)
+        if kv_L2THD is None:
+            kv_L2THD = self._store.load(chunk.record)
+            if self._on_device.limit_bytes:
+                kv_L2THD = kv_L2THD.to(self._cache.device)
+                self._on_device.put(chunk.record.key, kv_L2THD)
+        kv_L2THD = kv_L2THD[:, :, chunk.skip :]
         if chunk.delta == 0:
             return kv_L2THD
         moved_L2THD = kv_L2THD.clone()
         moved_L2THD[:, 0] = rotate_keys(kv_L2THD[:, 0], chunk.delta, self._scheme)
         return moved_L2THD
 
-    def _failure(self, chunk: ChunkLoad, err: Exception) -> LoadFailure:
+    def _failure(self, chunk: ChunkLoad, err: StorageError) -> LoadFailure:
         key = chunk.record.key
         if isinstance(err, MissingBlobError | CorruptChunkError):
             reason = "blob is missing" if isinstance(err, MissingBlobError) else "blob is corrupt"
@@ -152,26 +168,23 @@ class WorkerSide:
             logger.warning("chunk %s is computed again and quarantined: %s", key[:8], err)
         else:
             reason = "blob could not be read"
-            known = isinstance(err, StorageError)
-            logger.warning("chunk %s is computed again: %s", key[:8], err, exc_info=not known)
+            logger.warning("chunk %s is computed again: %s", key[:8], err)
         return LoadFailure(key=key, start=chunk.start, reason=reason)
 
     def _quarantine(self, record: ChunkRecord, reason: str) -> None:
         try:
-            self._store.quarantine(record.key, reason)
+            # Forgotten and stored again meanwhile, the chunk has other bytes, and those may be fine.
+            if self._store.catalog.chunks([record.key]).get(record.key) == record:
+                self._store.quarantine(record.key, reason)
         except StorageError as err:
             logger.warning("chunk %s could not be quarantined: %s", record.key[:8], err)
 
     def _finish_load(self, loading: _Loading) -> None:
         job, first = loading.job, loading.job.chunks[0]
-        failure: LoadFailure | None
+        failed = partial(LoadFailure, key=first.record.key, start=first.start)
+        failure: LoadFailure | None = failed(reason="load took too long")
         if loading.fetched.done():
-            fetched = loading.fetched.result()
-            failure = fetched.failure
-            for chunk, kv_L2THD in fetched.parts:
-                self._cache.write(kv_L2THD, job.block_ids, chunk.start)
-        else:
-            failure = LoadFailure(key=first.record.key, start=first.start, reason="load took too long")
+            failure = _attempt(partial(self._write, loading), failed(reason="chunk could not be loaded"))
         if failure is not None:
             first_block = failure.start // self._cache.block_tokens
             last_block = (job.chunks[-1].end - 1) // self._cache.block_tokens
@@ -179,6 +192,12 @@ class WorkerSide:
         self._received.add(job.request_id)
         with self._report_lock:
             self._report.loaded[job.request_id] = failure
+
+    def _write(self, loading: _Loading) -> LoadFailure | None:
+        fetched = loading.fetched.result()
+        for chunk, kv_L2THD in fetched.parts:
+            self._cache.write(kv_L2THD, loading.job.block_ids, chunk.start)
+        return fetched.failure
 
     # -- probing and capturing -----------------------------------------------------------------------
 
@@ -191,27 +210,23 @@ class WorkerSide:
     def _pool(self, kv_L2THD: Tensor, start: int) -> Tensor:
         return pool_keys(kv_L2THD[:, 0], start, self._scheme, self._pooled_layers)
 
-    def _capture(self, job: CaptureJob) -> None:
+    def _capture(self, job: CaptureJob) -> str | None:
+        """Copy and queue the turn's new tokens; returns why it could not, if so."""
         segments = job.segments
         if not segments:
-            self._submit(job, 0, lambda: self._store_turn(job, (), ()))
-            return
+            return self._submit(job, 0, lambda: self._store_turn(job, (), ()))
         start, end = segments[0].start, segments[-1].end
         num_bytes = (end - start) * self._cache.token_bytes
         if not self._writer.has_room(num_bytes):
-            self._submit(job, num_bytes, lambda: None)  # counts the drop
-            self._sent.add(job.request_id)
-            return
+            return self._submit(job, num_bytes, lambda: None)  # counts the drop
         kv_L2THD = self._cache.read(job.block_ids, start, end)
-        self._sent.add(job.request_id)
 
         def store() -> None:
-            def new_chunks(parts: Sequence[Segment], *, pooled: bool) -> tuple[NewChunk, ...]:
-                return tuple(self._new_chunk(part, kv_L2THD, start, pooled=pooled) for part in parts)
+            context = [self._new_chunk(part, kv_L2THD, start, pooled=False) for part in job.context]
+            content = [self._new_chunk(part, kv_L2THD, start, pooled=True) for part in job.content]
+            self._store_turn(job, context, content)
 
-            self._store_turn(job, new_chunks(job.context, pooled=False), new_chunks(job.content, pooled=True))
-
-        self._submit(job, num_bytes, store)
+        return self._submit(job, num_bytes, store)
 
     def _new_chunk(self, part: Segment, kv_L2THD: Tensor, first: int, *, pooled: bool) -> NewChunk:
         part_L2THD = kv_L2THD[:, :, part.start - first : part.end - first].contiguous()
@@ -238,7 +253,7 @@ class WorkerSide:
         )
         self._store.put_turn(turn, context, content)
 
-    def _submit(self, job: CaptureJob, num_bytes: int, store: Callable[[], None]) -> None:
+    def _submit(self, job: CaptureJob, num_bytes: int, store: Callable[[], None]) -> str | None:
         def run() -> None:
             trouble: str | None = "could not be written"
             try:
@@ -247,9 +262,17 @@ class WorkerSide:
             finally:
                 self._settle(job.turn_id, trouble)
 
-        if not self._writer.submit(num_bytes, run):
-            self._settle(job.turn_id, "write queue is full")
+        return None if self._writer.submit(num_bytes, run) else "write queue is full"
 
     def _settle(self, turn_id: TurnId, trouble: str | None) -> None:
         with self._report_lock:
             self._report.settled[turn_id] = trouble
+
+
+def _attempt(job: Callable[[], T | None], otherwise: T | None) -> T | None:
+    """Run a whole job; whatever goes wrong in it may cost a memory, never the engine."""
+    try:
+        return job()
+    except Exception:
+        logger.exception("a job failed; its tokens are computed, its turn is not stored")
+        return otherwise

@@ -35,14 +35,15 @@ ENGINE_OPTIONS: dict[str, Any] = {
 }
 
 STORY = (
-    "Once upon a time, there was a little girl named Lily. She loved to play outside in the big park. One day, "
-    "she saw a red ball under a tree. She wanted to play with it, but a big dog was sleeping next to it. Lily "
-    "was scared. Her mom said, do not be afraid, the dog is nice. Lily took the ball and the dog woke up. They "
-    "played together all day and became best friends. Then the sun went down and they went home to eat. "
+    "Once upon a time, there was a little girl named Lily. She loved to play outside in the big park. "
+    "One day, she saw a red ball under a tree. She wanted to play with it, but a big dog was sleeping "
+    "next to it. Lily was scared. Her mom said, do not be afraid, the dog is nice. Lily took the ball "
+    "and the dog woke up. They played together all day and became best friends. Then the sun went down "
+    "and they went home to eat. "
 )
 OTHER_STORY = (
-    "Tom had a blue boat. He put the boat on the water and it went far away. Tom was sad and he cried. A kind "
-    "bird saw him and said, I can help you. The bird flew over the lake and pushed the boat back to Tom. "
+    "Tom had a blue boat. He put the boat on the water and it went far away. Tom was sad and he cried. "
+    "A kind bird saw him and said, I can help you. The bird flew over the lake and pushed the boat back. "
 )
 QUESTION = "The next day, Lily and Tom went to the park and"
 

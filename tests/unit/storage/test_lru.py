@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kv_agent.chunks import ChunkKey
-from kv_agent.storage.lru import HostCache
+from kv_agent.storage.lru import ChunkCache
 
 OPERATIONS = st.lists(
     st.tuples(st.sampled_from(["get", "put", "discard"]), st.integers(0, 5), st.integers(0, 12)), max_size=60
@@ -20,7 +20,7 @@ OPERATIONS = st.lists(
 @settings(max_examples=150, deadline=None)
 @given(limit=st.integers(0, 20), operations=OPERATIONS)
 def test_cache_behaves_like_a_list_ordered_by_use(limit: int, operations: list[tuple[str, int, int]]) -> None:
-    cache = HostCache(limit)
+    cache = ChunkCache(limit)
     model: list[tuple[ChunkKey, torch.Tensor]] = []  # least recently used first
 
     for name, number, size in operations:
@@ -49,7 +49,7 @@ def test_cache_behaves_like_a_list_ordered_by_use(limit: int, operations: list[t
 
 def test_a_view_of_a_large_buffer_does_not_keep_the_buffer() -> None:
     buffer = torch.arange(1000, dtype=torch.int64)
-    cache = HostCache(100)
+    cache = ChunkCache(100)
 
     cache.put(ChunkKey("k"), buffer[10:20])
     kept = cache.get(ChunkKey("k"))
@@ -60,7 +60,7 @@ def test_a_view_of_a_large_buffer_does_not_keep_the_buffer() -> None:
 
 
 def test_threads_keep_the_byte_count_exact() -> None:
-    cache = HostCache(50)
+    cache = ChunkCache(50)
 
     def work(seed: int) -> None:
         for step in range(300):
@@ -81,4 +81,4 @@ def test_threads_keep_the_byte_count_exact() -> None:
 
 def test_a_negative_limit_is_refused() -> None:
     with pytest.raises(ValueError, match="limit_bytes"):
-        HostCache(-1)
+        ChunkCache(-1)
