@@ -18,35 +18,101 @@ from pathlib import Path
 from kv_agent import AgentMemory, CacheManager
 from kv_agent.engines.base import Call, Completion
 
-TOP_K = 3
+TOP_K = 2
 REPLY = "I will remember that."
 
-# agent -> sessions -> what the user told it
+# agent -> sessions -> what its user told it
 LESSONS = {
     "planner": [
         [
-            "Project Falcon runs in Oslo.",
-            "The access code of project Falcon is tango.",
-            "Mara works as a pilot.",
+            f"Project {name} runs in {city}."
+            for name, city in (
+                ("Falcon", "Oslo"),
+                ("Nimbus", "Kyoto"),
+                ("Titan", "Lima"),
+                ("Orion", "Quito"),
+                ("Delta", "Rome"),
+                ("Ember", "Delhi"),
+                ("Atlas", "Dakar"),
+                ("Sigma", "Perth"),
+            )
         ],
-        ["Project Nimbus runs in Kyoto.", "Hugo lives in Paris.", "Project Titan runs in Lima."],
+        [
+            f"The access code of project {name} is {code}."
+            for name, code in (
+                ("Lotus", "tango"),
+                ("Quartz", "river"),
+                ("Matrix", "amber"),
+                ("Zephyr", "pearl"),
+            )
+        ],
+        [
+            f"{name} works as a {job}."
+            for name, job in (
+                ("Mara", "pilot"),
+                ("Kofi", "chemist"),
+                ("Tara", "judge"),
+                ("Emil", "baker"),
+                ("Yuri", "poet"),
+                ("Nils", "tailor"),
+                ("Dora", "coach"),
+                ("Gus", "miner"),
+            )
+        ],
     ],
     "researcher": [
-        ["Rosa has a parrot at home.", "Lena loves to eat mango.", "The favorite color of Omar is teal."],
-        ["Kofi works as a chemist.", "Vera lives in Boston.", "The favorite color of Zoe is green."],
+        [
+            f"{name} lives in {city}."
+            for name, city in (
+                ("Hugo", "Paris"),
+                ("Vera", "Boston"),
+                ("Cara", "Seoul"),
+                ("Otto", "Hanoi"),
+                ("Sven", "Porto"),
+                ("Pia", "Cairo"),
+                ("Theo", "Turin"),
+                ("Uma", "Tunis"),
+            )
+        ],
+        [
+            f"{name} has a {animal} at home."
+            for name, animal in (
+                ("Rosa", "parrot"),
+                ("Finn", "goat"),
+                ("Hana", "turtle"),
+                ("Ivan", "rabbit"),
+                ("Zane", "duck"),
+            )
+        ],
+        [
+            f"{name} loves to eat {food}."
+            for name, food in (("Lena", "mango"), ("Amir", "pasta"), ("Cleo", "figs"), ("Jude", "soup"))
+        ],
+        [
+            f"The favorite color of {name} is {color}."
+            for name, color in (
+                ("Omar", "teal"),
+                ("Zoe", "green"),
+                ("Liam", "pink"),
+                ("Wren", "gold"),
+                ("Iris", "cyan"),
+            )
+        ],
     ],
 }
 QUESTIONS = [
     ("Where does project Falcon run?", "Oslo"),
+    ("Where does project Orion run?", "Quito"),
+    ("What is the access code of project Lotus?", "tango"),
     ("What does Mara do for work?", "pilot"),
-    ("Where does project Nimbus run?", "Kyoto"),
+    ("What does Nils do for work?", "tailor"),
     ("Where does Hugo live?", "Paris"),
+    ("Where does Theo live?", "Turin"),
     ("What pet does Rosa have?", "parrot"),
+    ("What pet does Ivan have?", "rabbit"),
     ("What does Lena love to eat?", "mango"),
     ("What is the favorite color of Omar?", "teal"),
-    ("What does Kofi do for work?", "chemist"),
-    ("Where does Vera live?", "Boston"),
-    ("What is the favorite color of Zoe?", "green"),
+    ("What is the favorite color of Iris?", "cyan"),
 ]
 
 
@@ -113,13 +179,13 @@ def ask(store: Path) -> None:
             way("Are you ready?")  # the first request of each kind is slower
         say(f"  the analyst is asked {len(QUESTIONS)} questions, {len(ways)} ways each\n")
         results = {name: [] for name in ways}
-        say(f"  {'question':<37}{'right':<9}" + "".join(f"{name:<19}" for name in ways))
+        say(f"  {'question':<43}{'right':<9}" + "".join(f"{name:<24}" for name in ways))
         for question, right in QUESTIONS:
-            row = f"  {question:<37}{right:<9}"
+            row = f"  {question:<43}{right:<9}"
             for name, way in ways.items():
                 done = way(question)
                 results[name].append((right.lower() in done.text.lower(), done))
-                row += f"{('+ ' if results[name][-1][0] else '- ') + done.text.strip():<19}"
+                row += f"{('+ ' if results[name][-1][0] else '- ') + done.text.strip():<24}"
             say(row)
         say("")
         print_totals(results)
@@ -145,7 +211,7 @@ def print_totals(results: dict[str, list[tuple[bool, Completion]]]) -> None:
         ),
     ]
     for title, value in lines:
-        say(f"  {title:<46}" + "".join(f"{value(name):<19}" for name in results))
+        say(f"  {title:<52}" + "".join(f"{value(name):<24}" for name in results))
 
 
 def main() -> None:

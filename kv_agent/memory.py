@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -13,13 +14,14 @@ from kv_agent.errors import ConfigError
 from kv_agent.manager import Backend, CacheManager, scope_options
 from kv_agent.planning import build_prompt
 from kv_agent.retrieval.pooling import from_bytes
+from kv_agent.searching import Mode, find_turns
 
 Share = Literal["user", "agent", "session"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """One stored turn. ``score`` is its similarity to the query, ``None`` when nothing was searched."""
+    """One stored turn. ``score`` is that of the search's mode, ``None`` when nothing was searched."""
 
     id: TurnId
     text: str
@@ -33,7 +35,10 @@ class Memory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """A generated answer, what was reused for it, and the memories it was given (oldest first)."""
+    """A generated answer, what was reused for it, and the memories it was given (oldest first).
+
+    ``ttft_s`` is the time from the call to the first token, the search included.
+    """
 
     text: str
     reuse: Reuse
@@ -83,15 +88,16 @@ class AgentMemory:
             prompt, response, scope=self.scope, system_prompt=self._system_prompt, metadata=metadata
         )
 
-    def retrieve(self, query: str, top_k: int = 5) -> list[Memory]:
-        """The stored turns nearest to ``query`` by the model's own keys, best first."""
-        if top_k < 1:
-            raise ConfigError(f"top_k must be >= 1, got {top_k}")
-        self._manager.wait_durable()
-        vector = self._probe(query)
-        hits = self._manager.index.search(vector, self._reading, top_k)
-        turns = self._manager.store.catalog.turns([hit.turn_id for hit in hits])
-        return [_memory(turns[hit.turn_id], hit.score) for hit in hits if hit.turn_id in turns]
+    def retrieve(self, query: str, top_k: int = 5, mode: Mode = "hybrid") -> list[Memory]:
+        """The stored turns that fit ``query`` best, best first.
+
+        ``mode`` says what is compared, and what ``Memory.score`` is: ``"latent"`` the model's own keys
+        (cosine), ``"lexical"`` the words (BM25; the model is not asked), ``"hybrid"`` the words, and the
+        keys for places that are left free (score: 1 / rank).
+        """
+        scores = find_turns(self._manager, self._probe, query, self._reading, top_k, mode)
+        turns = self._manager.store.catalog.turns(scores)
+        return [_memory(turns[turn_id], score) for turn_id, score in scores.items() if turn_id in turns]
 
     def generate(
         self,
@@ -101,13 +107,15 @@ class AgentMemory:
         max_tokens: int = 128,
         temperature: float = 0.0,
         store: bool = True,
+        mode: Mode = "hybrid",
     ) -> Answer:
-        """Answer ``query`` with the ``top_k`` nearest memories put back as KV in front of it.
+        """Answer ``query`` with the ``top_k`` best memories put back as KV in front of it.
 
         The memories' tokens are part of the prompt; what cannot be re-injected is computed. With
-        ``store`` the question and its answer become a memory, too.
+        ``store`` the question and its answer become a memory, too. ``mode``: see :meth:`retrieve`.
         """
-        memories = self.retrieve(query, top_k)
+        started = time.perf_counter()
+        memories = self.retrieve(query, top_k, mode)
         self._manager.ensure_prefix(self.scope, self._system_prompt)
         manager = self._manager
         scores = {memory.id: memory.score for memory in memories}
@@ -122,6 +130,7 @@ class AgentMemory:
             max_prompt_tokens=manager.max_model_len - max_tokens,
         )
         manager.check_length(len(prompt.token_ids) + max_tokens, "the query with its answer")
+        searched_s = time.perf_counter() - started
         completion = manager.run(
             Call(
                 token_ids=prompt.token_ids,
@@ -141,7 +150,7 @@ class AgentMemory:
             reuse=completion.reuse,
             memories=tuple(_memory(turn, scores[turn.turn_id]) for turn in prompt.turns),
             turn_id=completion.turn_id,
-            ttft_s=completion.ttft_s,
+            ttft_s=searched_s + completion.ttft_s,
         )
 
     def get(self, memory_id: TurnId) -> Memory | None:

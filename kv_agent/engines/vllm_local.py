@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kv_agent.chunks import ChunkKey, Fingerprint, TurnId
+from kv_agent.config import PluginConfig, parse
 from kv_agent.engines.base import Call, Completion, Refused, Reuse
 from kv_agent.errors import ConfigError, EngineError
 from kv_agent.vllm_plugin.fingerprint import fingerprint_details, fingerprint_of
@@ -52,6 +53,7 @@ class VllmEngine:
             ) from err
         if "kv_transfer_config" in options:
             raise ConfigError("kv_transfer_config is set by kv_agent; give its settings as keyword arguments")
+        parse(PluginConfig, settings, "settings")  # now, not in the log of an engine that does not start
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         defaults: dict[str, Any] = {"enable_prefix_caching": True, "enforce_eager": not _has_gpu()}
         with _main_module_not_imported_again():

@@ -1,4 +1,4 @@
-"""The SQLite catalog: which turns and chunks exist, and the history an index follows.
+"""The SQLite catalog: which turns and chunks exist, the words in them, and the history an index follows.
 
 It is the one source of truth: what has no committed row does not exist. Any number of threads and
 processes may use one catalog file, on a local disk (WAL does not work over network file systems).
@@ -18,8 +18,9 @@ from typing import Any
 
 from kv_agent.chunks import ChunkKey, ChunkRecord, Fingerprint, IndexChange, Scope, TurnId, TurnRecord
 from kv_agent.errors import StorageError
-from kv_agent.storage import rows, schema, turn_writes
+from kv_agent.storage import documents, rows, schema, turn_writes
 from kv_agent.storage import statements as sql
+from kv_agent.storage.documents import TextHit
 from kv_agent.storage.fork_gate import ForkGate
 from kv_agent.storage.turn_writes import AddResult
 
@@ -51,6 +52,7 @@ class Catalog:
         self._connections: weakref.WeakSet[_ThreadConnection] = weakref.WeakSet()
         _FORK_GATE.watch(self)
         with self._connection() as db:
+            schema.require_fts5(db)
             schema.migrate(db)
 
     # Fingerprints
@@ -106,6 +108,17 @@ class Catalog:
         with self._transaction("BEGIN") as db:
             return _turn_records(db, db.execute(sql.LIST_TURNS, parameters).fetchall())
 
+    def search_text(self, query: str, scope: Scope, fingerprint: Fingerprint, limit: int) -> list[TextHit]:
+        """The ``limit`` turns in ``scope`` whose text answers ``query`` best by BM25, best first.
+
+        ``query`` is free text; a turn needs one of its words. Only turns of the model ``fingerprint`` with
+        a usable chunk are found; a text stored more than once counts once, as its newest copy. Words are
+        weighed by how rare they are in the whole catalog.
+        """
+        _checked_limit(limit)
+        with self._transaction("BEGIN") as db:
+            return documents.search(db, query, scope, fingerprint, limit)
+
     def known_turns(self, ids: Iterable[TurnId]) -> frozenset[TurnId]:
         """Which of these ids are durable, as a turn or as an alias of one."""
         with self._connection() as db:
@@ -146,9 +159,7 @@ class Catalog:
     def quarantine(self, key: ChunkKey, reason: str) -> None:
         """No longer offer a chunk, until a turn stores it anew; the first reason stays."""
         with self._transaction() as db:
-            if db.execute(sql.QUARANTINE_CHUNK, (reason, key)).rowcount:
-                db.execute(sql.RECORD_CHUNK_REMOVED, (key,))
-                db.execute(sql.DELETE_CHUNK_ENTRIES, (key,))
+            turn_writes.quarantine(db, key, reason)
 
     # What an index follows
 

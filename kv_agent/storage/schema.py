@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import sqlite3
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from kv_agent.errors import StorageError
+from kv_agent.storage.words import words
 
 
 class Database(Protocol):
@@ -24,7 +28,37 @@ def m001_initial(db: Database) -> None:
         db.execute(statement)
 
 
-MIGRATIONS: tuple[Callable[[Database], None], ...] = (m001_initial,)
+def m002_text_search(db: Database) -> None:
+    """A full-text index, filled from the turns that are there; later releases must not change this."""
+    for statement in _M002:
+        db.execute(statement)
+    turns = db.execute(_M002_TURNS)
+    for doc_id, (turn_id, *owner, agent_id, session_id, text, content_keys) in enumerate(turns, start=1):
+        named = (("o",), ("a", agent_id), ("s", session_id))
+        labels = (kind + _digest(json.dumps([*owner, *name])) for kind, *name in named)
+        db.execute("INSERT INTO turn_docs VALUES (?, ?, ?)", (doc_id, turn_id, _digest(content_keys)))
+        db.execute(
+            "INSERT INTO turn_words (rowid, scope, words) VALUES (?, ?, ?)",
+            (doc_id, " ".join(labels), " ".join(words(text))),
+        )
+
+
+MIGRATIONS: tuple[Callable[[Database], None], ...] = (m001_initial, m002_text_search)
+
+_USES_FTS5 = "SELECT fts5_source_id()"
+
+
+def require_fts5(db: Database) -> None:
+    """Raise when this Python's SQLite was built without full-text search."""
+    try:
+        db.execute(_USES_FTS5)
+    except sqlite3.OperationalError as err:
+        if "no such function" not in str(err):
+            raise
+        raise StorageError(
+            f"SQLite {sqlite3.sqlite_version} of this Python was built without FTS5, which the catalog"
+            " needs to search text; use a Python whose sqlite3 module has it"
+        ) from err
 
 
 def migrate(db: Database) -> None:
@@ -68,6 +102,10 @@ def _migrate_once(db: Database) -> bool:
         (version + 1, migration.__name__, time.time()),
     )
     return False
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 _M001 = (
@@ -165,3 +203,30 @@ _M001 = (
     """,
     "CREATE INDEX changes_by_index ON changes (fingerprint, namespace, seq)",
 )
+
+_M002 = (
+    # Invariant: a document exists exactly for every turn with a content chunk that is not quarantined.
+    # copy_key: equal for turns with the same content. AUTOINCREMENT: the newest has the highest id.
+    """
+    CREATE TABLE turn_docs (
+        doc_id INTEGER PRIMARY KEY AUTOINCREMENT,
+        turn_id TEXT NOT NULL UNIQUE REFERENCES turns (turn_id),
+        copy_key TEXT NOT NULL
+    )
+    """,
+    # It keeps its own copy of the words, small beside their KV: what is removed is then exactly what was
+    # put in, even if another release finds other words in the same text. words.py has already found
+    # them, so this tokenizer has only to split at spaces.
+    "CREATE VIRTUAL TABLE turn_words USING fts5 (scope, words, tokenize = 'ascii')",
+)
+_M002_TURNS = """
+    SELECT t.turn_id, t.fingerprint, t.namespace, t.user_id, t.agent_id, t.session_id, t.text,
+           (SELECT json_group_array(content_key) FROM (
+                SELECT c.content_key FROM turn_chunks tc JOIN chunks c ON c.key = tc.chunk_key
+                WHERE tc.turn_id = t.turn_id AND tc.role = 'content' ORDER BY tc.idx))
+    FROM turns t
+    WHERE EXISTS (
+        SELECT 1 FROM turn_chunks tc JOIN chunks c ON c.key = tc.chunk_key
+        WHERE tc.turn_id = t.turn_id AND tc.role = 'content' AND c.quarantine_reason IS NULL)
+    ORDER BY t.created, t.turn_id
+"""

@@ -81,6 +81,45 @@ LIST_TURNS = f"""
     ORDER BY t.created DESC, t.turn_id DESC LIMIT :limit
 """
 
+# Documents of the text search
+_IS_LIVE_CONTENT = "tc.role = 'content' AND c.quarantine_reason IS NULL"
+TURNS_WITHOUT_DOCUMENT = f"""
+    SELECT t.turn_id, t.fingerprint, t.namespace, t.user_id, t.agent_id, t.session_id, t.text,
+           (SELECT json_group_array(content_key) FROM (
+                SELECT c.content_key FROM turn_chunks tc JOIN chunks c ON c.key = tc.chunk_key
+                WHERE tc.turn_id = t.turn_id AND tc.role = 'content' ORDER BY tc.idx))
+    FROM turns t
+    WHERE t.turn_id IN (
+            SELECT tc.turn_id FROM turn_chunks tc JOIN chunks c ON c.key = tc.chunk_key
+            WHERE {_IS_LIVE_CONTENT} AND tc.chunk_key IN (SELECT value FROM json_each(?)))
+        AND NOT EXISTS (SELECT 1 FROM turn_docs d WHERE d.turn_id = t.turn_id)
+    ORDER BY t.created, t.turn_id
+"""
+INSERT_DOCUMENT = "INSERT INTO turn_docs (turn_id, copy_key) VALUES (?, ?)"
+INSERT_WORDS = "INSERT INTO turn_words (rowid, scope, words) VALUES (?, ?, ?)"
+DOCUMENTS_OF_TURNS = "SELECT doc_id FROM turn_docs WHERE turn_id IN (SELECT value FROM json_each(?))"
+DEAD_DOCUMENTS = f"""
+    SELECT DISTINCT d.doc_id FROM turn_chunks mine JOIN turn_docs d ON d.turn_id = mine.turn_id
+    WHERE mine.chunk_key = ? AND mine.role = 'content' AND NOT EXISTS (
+        SELECT 1 FROM turn_chunks tc JOIN chunks c ON c.key = tc.chunk_key
+        WHERE tc.turn_id = mine.turn_id AND {_IS_LIVE_CONTENT})
+"""
+DELETE_WORDS = "DELETE FROM turn_words WHERE rowid = ?"
+DELETE_DOCUMENT = "DELETE FROM turn_docs WHERE doc_id = ?"
+COUNT_DOCUMENTS = "SELECT count(*) FROM turn_words WHERE turn_words MATCH ?"
+# The rank of FTS5 is BM25 with its sign turned; weight 0: scope words only select. Of copies of one text the
+# newest is kept, with the score of the best, as a search of an index does.
+SEARCH_TEXT = """
+    WITH found AS (
+        SELECT max(d.doc_id) AS doc_id, max(-w.rank) AS score
+        FROM turn_words w CROSS JOIN turn_docs d ON d.doc_id = w.rowid
+        WHERE w.turn_words MATCH ? AND w.rank MATCH 'bm25(0.0, 1.0)'
+        GROUP BY d.copy_key ORDER BY score DESC, doc_id DESC LIMIT ?
+    )
+    SELECT d.turn_id, f.score FROM found f JOIN turn_docs d ON d.doc_id = f.doc_id
+    ORDER BY f.score DESC, f.doc_id DESC
+"""
+
 # Forgetting; entries and their changes go first
 CHUNKS_OF_TURNS = """
     SELECT DISTINCT chunk_key FROM turn_chunks WHERE turn_id IN (SELECT value FROM json_each(?))
@@ -94,14 +133,15 @@ DELETE_UNUSED_CHUNKS = """
 
 # Entries and changes
 LAST_ENTRY = "SELECT coalesce(max(entry_id), 0) FROM entries"
+# Older turns first, as documents are made: the newest copy of a text has the highest id in both.
 ADD_MISSING_ENTRIES = """
     INSERT INTO entries (turn_id, chunk_key)
     SELECT tc.turn_id, tc.chunk_key
-    FROM turn_chunks tc JOIN chunks c ON c.key = tc.chunk_key
+    FROM turn_chunks tc JOIN chunks c ON c.key = tc.chunk_key JOIN turns t ON t.turn_id = tc.turn_id
     WHERE tc.role = 'content' AND tc.chunk_key IN (SELECT value FROM json_each(?))
         AND c.vector IS NOT NULL AND c.quarantine_reason IS NULL
         AND NOT EXISTS (SELECT 1 FROM entries e WHERE e.turn_id = tc.turn_id AND e.chunk_key = tc.chunk_key)
-    GROUP BY tc.turn_id, tc.chunk_key ORDER BY tc.turn_id, min(tc.idx)
+    GROUP BY tc.turn_id, tc.chunk_key ORDER BY t.created, tc.turn_id, min(tc.idx)
 """
 _RECORD_CHANGES = """
     INSERT INTO changes (fingerprint, namespace, entry_id, removed, chunk_key, content_key, turn_id,

@@ -1,4 +1,4 @@
-"""The two transactions that change which turns exist; the catalog begins and commits them."""
+"""The transactions that change what can be found; the catalog begins and commits them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from kv_agent.chunks import ChunkKey, ChunkRecord, TurnId, TurnRecord
 from kv_agent.errors import StorageError
-from kv_agent.storage import rows
+from kv_agent.storage import documents, rows
 from kv_agent.storage import statements as sql
 from kv_agent.storage.schema import Database
 
@@ -52,6 +52,7 @@ def add_turn(
     db.executemany(sql.SET_MISSING_VECTOR, late_vectors)
     turn_id, new_turn = _put_turn(db, turn, context_keys)
     _add_missing_entries(db, keys)
+    documents.add_missing(db, keys)
     unused = db.execute(sql.UNUSED_BLOBS, (rows.json_list(old_blobs),)).fetchall()
     return AddResult(
         new_chunks=new_chunks,
@@ -67,10 +68,19 @@ def forget(db: Database, turn_ids: Iterable[TurnId]) -> tuple[str, ...]:
     keys = rows.json_list(key for (key,) in db.execute(sql.CHUNKS_OF_TURNS, (ids,)))
     db.execute(sql.RECORD_TURNS_REMOVED, (ids,))
     db.execute(sql.DELETE_TURNS_ENTRIES, (ids,))
+    documents.remove_of_turns(db, ids)
     db.execute(sql.DELETE_TURNS, (ids,))
     blobs = rows.json_list(blob for (blob,) in db.execute(sql.BLOBS_OF_CHUNKS, (keys,)))
     db.execute(sql.DELETE_UNUSED_CHUNKS, (keys,))
     return tuple(blob for (blob,) in db.execute(sql.UNUSED_BLOBS, (blobs,)))
+
+
+def quarantine(db: Database, key: ChunkKey, reason: str) -> None:
+    """See :meth:`kv_agent.storage.catalog.Catalog.quarantine`."""
+    if db.execute(sql.QUARANTINE_CHUNK, (reason, key)).rowcount:
+        db.execute(sql.RECORD_CHUNK_REMOVED, (key,))
+        db.execute(sql.DELETE_CHUNK_ENTRIES, (key,))
+        documents.remove_dead(db, key)
 
 
 def resolve(db: Database, ids: Iterable[TurnId]) -> dict[TurnId, TurnId]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ from kv_agent.errors import ConfigError
 from kv_agent.kv.rope import RotaryScheme, scheme_from_table
 from kv_agent.storage.store import LocalStore
 from kv_agent.vllm_plugin.fingerprint import fingerprint_details, fingerprint_of
+from kv_agent.vllm_plugin.guard import attempt
 from kv_agent.vllm_plugin.jobs import StepJobs, WorkerReport
 from kv_agent.vllm_plugin.paged_cache import PagedCache, PagedLayer
 from kv_agent.vllm_plugin.resolver import Resolver
@@ -110,7 +112,7 @@ class KVAgentConnector(KVConnectorBase_V1):
     # -- scheduler role -----------------------------------------------------------------------------
 
     def on_new_request(self, request: Request) -> None:
-        self._deciding.new_request(request)
+        attempt(partial(self._deciding.new_request, request), None)
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
@@ -136,7 +138,8 @@ class KVAgentConnector(KVConnectorBase_V1):
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         complete = request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
-        return self._deciding.finished(request, block_ids, complete=complete)
+        decided = attempt(partial(self._deciding.finished, request, block_ids, complete=complete), None)
+        return decided or (False, None)
 
     # -- worker role --------------------------------------------------------------------------------
 

@@ -36,6 +36,12 @@ class PagedCache:
                 "the model's attention layers differ in KV heads, head size or dtype, which kv_agent does "
                 "not store; start without kv_agent"
             )
+        dtype = layers[0].kv_cache_BHNC.dtype
+        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise UnsupportedModelError(
+                f"kv_agent does not store quantised KV caches, this one holds {dtype}; start vLLM with "
+                "--kv-cache-dtype auto, or without kv_agent"
+            )
         self._layers = tuple(layers)
         self.block_tokens = block_tokens
         self.device = layers[0].kv_cache_BHNC.device
@@ -52,12 +58,17 @@ class PagedCache:
         layer = self._layers[0]
         return 2 * self.num_layers * layer.num_kv_heads * layer.head_dim * layer.kv_cache_BHNC.element_size()
 
-    def read(self, block_ids: Sequence[int], start: int, end: int) -> Tensor:
-        """KV of positions ``[start, end)`` -> host tensor ``[L, 2, T, H, D]``, keys as in the cache."""
+    def read(
+        self, block_ids: Sequence[int], start: int, end: int, layers: Sequence[int] | None = None
+    ) -> Tensor:
+        """KV of positions ``[start, end)`` -> host tensor ``[L, 2, T, H, D]``, keys as in the cache.
+
+        ``layers`` picks some layers, in that order; all of them by default.
+        """
         blocks_T, offsets_T = self._slots(block_ids, start, end)
         kv = [
-            read_slots(layer.kv_cache_BHNC, layout, blocks_T, offsets_T)
-            for layer, layout in zip(self._layers, self._layouts, strict=True)
+            read_slots(self._layers[i].kv_cache_BHNC, self._layouts[i], blocks_T, offsets_T)
+            for i in (range(self.num_layers) if layers is None else layers)
         ]
         return torch.stack(kv).cpu()  # sync: the blocks are given back after this step
 

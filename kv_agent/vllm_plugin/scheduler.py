@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import logging
 import time
 import uuid
 from collections import Counter
@@ -17,11 +16,10 @@ from kv_agent.chunks import ChunkKey, Fingerprint, Scope, TurnId, root_key
 from kv_agent.config import PluginConfig, RequestOptions, parse
 from kv_agent.errors import ConfigError
 from kv_agent.vllm_plugin.chains import ChainIndex, cut_segments, walk
+from kv_agent.vllm_plugin.guard import attempt
 from kv_agent.vllm_plugin.jobs import CaptureJob, LoadFailure, LoadJob, ProbeJob, StepJobs, WorkerReport
 from kv_agent.vllm_plugin.plan import CheckedPlan, PlacedChunk, Refusal, Refused, refuse_all
 from kv_agent.vllm_plugin.resolver import Resolved, Resolver
-
-logger = logging.getLogger(__name__)
 
 PARAMS_KEY = "kv_agent"
 
@@ -243,14 +241,12 @@ class SchedulerSide:
             if state.options.plan is not None:
                 self._refuse(state, refuse_all(state.options.plan, state.plan.root, Refusal.LATE))
             return True
-        try:
-            resolved = state.resolved.result()
+        resolved = attempt(state.resolved.result, None)
+        if resolved is not None:
             state.known = resolved.known
             self._refuse(state, resolved.plan)
-        except Exception:
-            logger.exception("look-up failed, the request is computed")
-            if state.options.plan is not None:
-                self._refuse(state, refuse_all(state.options.plan, state.plan.root, Refusal.LOOKUP))
+        elif state.options.plan is not None:
+            self._refuse(state, refuse_all(state.options.plan, state.plan.root, Refusal.LOOKUP))
         state.resolved = None
         return True
 

@@ -12,6 +12,20 @@ SUPPORTED_ARCHITECTURES = frozenset(
     {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 )
 
+# Rotary embeddings that turn queries and keys by the rows of the one table that `_compute_cos_sin_cache()`
+# returns; whether that table is linear in the position is measured.
+SUPPORTED_ROTARY_EMBEDDINGS = frozenset(
+    {
+        "RotaryEmbedding",
+        "LinearScalingRotaryEmbedding",
+        "NTKScalingRotaryEmbedding",
+        "DynamicNTKScalingRotaryEmbedding",
+        "DynamicNTKAlphaRotaryEmbedding",
+        "YaRNScalingRotaryEmbedding",
+        "Llama3RotaryEmbedding",
+    }
+)
+
 
 def check_connector_config(kv_transfer_config: Any) -> dict[str, Any]:
     """The raw ``kv_agent`` object of the connector's configuration; raises on anything beside it."""
@@ -71,7 +85,7 @@ def check_rope_modules(modules: list[Any]) -> Any:
             "start vLLM without kv_agent for this model"
         )
     module = modules[0]
-    if type(module).__name__ == "MRotaryEmbedding" or not hasattr(module, "_compute_cos_sin_cache"):
+    if type(module).__name__ not in SUPPORTED_ROTARY_EMBEDDINGS:
         raise UnsupportedModelError(
             f"kv_agent does not support the rotary embedding {type(module).__name__}; "
             "start vLLM without kv_agent for this model"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 from transformers import AutoTokenizer
+
+logger = logging.getLogger(__name__)
 
 
 class TurnDecoder:
@@ -14,17 +17,23 @@ class TurnDecoder:
     def __init__(self, model_config: Any) -> None:
         self._model_config = model_config
         self._tokenizer: Any = None
+        self._broken = False
 
     def __call__(self, token_ids: Sequence[int]) -> str:
         config = self._model_config
-        if config.skip_tokenizer_init:
+        if config.skip_tokenizer_init or self._broken:
             return ""
         if self._tokenizer is None:
-            self._tokenizer = AutoTokenizer.from_pretrained(
-                config.tokenizer,
-                revision=config.tokenizer_revision,
-                trust_remote_code=config.trust_remote_code,
-            )
+            try:
+                self._tokenizer = AutoTokenizer.from_pretrained(
+                    config.tokenizer,
+                    revision=config.tokenizer_revision,
+                    trust_remote_code=config.trust_remote_code,
+                )
+            except (OSError, ValueError) as err:
+                logger.warning("memories are stored without their text, the tokenizer does not load: %s", err)
+                self._broken = True
+                return ""
         return readable_text(self._tokenizer, token_ids)
 
 

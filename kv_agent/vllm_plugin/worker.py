@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from kv_agent.storage.blobs import MissingBlobError
 from kv_agent.storage.lru import ChunkCache
 from kv_agent.storage.store import LocalStore, NewChunk
 from kv_agent.storage.writer import BackgroundWriter
+from kv_agent.vllm_plugin.guard import attempt
 from kv_agent.vllm_plugin.jobs import (
     CaptureJob,
     ChunkLoad,
@@ -34,8 +34,6 @@ from kv_agent.vllm_plugin.jobs import (
 from kv_agent.vllm_plugin.paged_cache import PagedCache
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 # A load that takes longer is given up and its tokens are computed; what arrives later is dropped.
 LOAD_TIMEOUT_S = 30.0
@@ -106,9 +104,9 @@ class WorkerSide:
     def save(self, jobs: StepJobs) -> None:
         """After the forward pass: pool probed keys and copy finished turns off the cache."""
         for probe in jobs.probes:
-            _attempt(partial(self._probe, probe), None)
+            attempt(partial(self._probe, probe), None)
         for capture in jobs.captures:
-            if trouble := _attempt(partial(self._capture, capture), "could not be copied"):
+            if trouble := attempt(partial(self._capture, capture), "could not be copied"):
                 self._settle(capture.turn_id, trouble)
             if capture.segments:  # otherwise its blocks were not kept for us
                 self._sent.add(capture.request_id)
@@ -184,7 +182,7 @@ class WorkerSide:
         failed = partial(LoadFailure, key=first.record.key, start=first.start)
         failure: LoadFailure | None = failed(reason="load took too long")
         if loading.fetched.done():
-            failure = _attempt(partial(self._write, loading), failed(reason="chunk could not be loaded"))
+            failure = attempt(partial(self._write, loading), failed(reason="chunk could not be loaded"))
         if failure is not None:
             first_block = failure.start // self._cache.block_tokens
             last_block = (job.chunks[-1].end - 1) // self._cache.block_tokens
@@ -202,13 +200,10 @@ class WorkerSide:
     # -- probing and capturing -----------------------------------------------------------------------
 
     def _probe(self, job: ProbeJob) -> None:
-        kv_L2THD = self._cache.read(job.block_ids, job.start, job.end)
-        vector = to_bytes(self._pool(kv_L2THD, job.start))
+        kv_L2THD = self._cache.read(job.block_ids, job.start, job.end, self._pooled_layers)
+        vector = to_bytes(pool_keys(kv_L2THD[:, 0], job.start, self._scheme, range(len(kv_L2THD))))
         with self._report_lock:
             self._report.probes[job.request_id] = vector
-
-    def _pool(self, kv_L2THD: Tensor, start: int) -> Tensor:
-        return pool_keys(kv_L2THD[:, 0], start, self._scheme, self._pooled_layers)
 
     def _capture(self, job: CaptureJob) -> str | None:
         """Copy and queue the turn's new tokens; returns why it could not, if so."""
@@ -230,6 +225,9 @@ class WorkerSide:
 
     def _new_chunk(self, part: Segment, kv_L2THD: Tensor, first: int, *, pooled: bool) -> NewChunk:
         part_L2THD = kv_L2THD[:, :, part.start - first : part.end - first].contiguous()
+        vector = None
+        if pooled:
+            vector = to_bytes(pool_keys(part_L2THD[:, 0], part.start, self._scheme, self._pooled_layers))
         return NewChunk(
             key=part.key,
             content_key=part.content_key,
@@ -237,7 +235,7 @@ class WorkerSide:
             start=part.start,
             token_ids=part.token_ids,
             kv=part_L2THD,
-            vector=to_bytes(self._pool(part_L2THD, part.start)) if pooled else None,
+            vector=vector,
         )
 
     def _store_turn(self, job: CaptureJob, context: Sequence[NewChunk], content: Sequence[NewChunk]) -> None:
@@ -267,12 +265,3 @@ class WorkerSide:
     def _settle(self, turn_id: TurnId, trouble: str | None) -> None:
         with self._report_lock:
             self._report.settled[turn_id] = trouble
-
-
-def _attempt(job: Callable[[], T | None], otherwise: T | None) -> T | None:
-    """Run a whole job; whatever goes wrong in it may cost a memory, never the engine."""
-    try:
-        return job()
-    except Exception:
-        logger.exception("a job failed; its tokens are computed, its turn is not stored")
-        return otherwise

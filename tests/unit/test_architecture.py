@@ -37,7 +37,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "prompting": BASE,
     "planning": BASE | {"prompting"},
     "manager": USER_LAYER_NEEDS,
-    "memory": USER_LAYER_NEEDS | {"manager"},
+    "searching": USER_LAYER_NEEDS | {"manager"},
+    "memory": USER_LAYER_NEEDS | {"manager", "searching"},
     "agents": USER_LAYER_NEEDS | {"manager", "memory"},
 }
 TOP = {"__init__", "__main__", "cli"}  # nothing below imports these

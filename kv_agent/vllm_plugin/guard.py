@@ -1,0 +1,20 @@
+"""The one place where any error is caught: memory may fail, the engine and its requests may not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+def attempt(job: Callable[[], T | None], otherwise: T | None) -> T | None:
+    """Run a whole job; on any error log it and return ``otherwise``, which must be the safe answer."""
+    try:
+        return job()
+    except Exception:
+        logger.exception("a memory job failed; its tokens are computed, its turn is not stored")
+        return otherwise
