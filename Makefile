@@ -22,6 +22,7 @@ help: ## list the targets
 setup: ## create .venv from requirements.lock
 	@scripts/setup.sh
 
+demo: export VLLM_LOGGING_LEVEL := ERROR
 demo: setup ## several agents sharing memories on a real vLLM engine
 	@$(PYTHON) examples/multi_agent_demo.py
 

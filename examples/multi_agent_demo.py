@@ -12,92 +12,34 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from kv_agent import AgentMemory, CacheManager
-from kv_agent.engines.base import Call, Completion
+from kv_agent.engines.base import Call, Reuse
 
 TOP_K = 2
 REPLY = "I will remember that."
 
-# agent -> sessions -> what its user told it
+# agent -> sessions -> what its user told it, one turn per sentence
 LESSONS = {
     "planner": [
-        [
-            f"Project {name} runs in {city}."
-            for name, city in (
-                ("Falcon", "Oslo"),
-                ("Nimbus", "Kyoto"),
-                ("Titan", "Lima"),
-                ("Orion", "Quito"),
-                ("Delta", "Rome"),
-                ("Ember", "Delhi"),
-                ("Atlas", "Dakar"),
-                ("Sigma", "Perth"),
-            )
-        ],
-        [
-            f"The access code of project {name} is {code}."
-            for name, code in (
-                ("Lotus", "tango"),
-                ("Quartz", "river"),
-                ("Matrix", "amber"),
-                ("Zephyr", "pearl"),
-            )
-        ],
-        [
-            f"{name} works as a {job}."
-            for name, job in (
-                ("Mara", "pilot"),
-                ("Kofi", "chemist"),
-                ("Tara", "judge"),
-                ("Emil", "baker"),
-                ("Yuri", "poet"),
-                ("Nils", "tailor"),
-                ("Dora", "coach"),
-                ("Gus", "miner"),
-            )
-        ],
+        "Project Falcon runs in Oslo. Project Nimbus runs in Kyoto. Project Titan runs in Lima. Project "
+        "Orion runs in Quito. Project Delta runs in Rome. Project Ember runs in Delhi.",
+        "The access code of project Lotus is tango. The access code of project Quartz is river. The access "
+        "code of project Matrix is amber. The access code of project Zephyr is pearl.",
+        "Mara works as a pilot. Kofi works as a chemist. Tara works as a judge. Emil works as a baker. Yuri "
+        "works as a poet. Nils works as a tailor. Dora works as a coach. Gus works as a miner.",
     ],
     "researcher": [
-        [
-            f"{name} lives in {city}."
-            for name, city in (
-                ("Hugo", "Paris"),
-                ("Vera", "Boston"),
-                ("Cara", "Seoul"),
-                ("Otto", "Hanoi"),
-                ("Sven", "Porto"),
-                ("Pia", "Cairo"),
-                ("Theo", "Turin"),
-                ("Uma", "Tunis"),
-            )
-        ],
-        [
-            f"{name} has a {animal} at home."
-            for name, animal in (
-                ("Rosa", "parrot"),
-                ("Finn", "goat"),
-                ("Hana", "turtle"),
-                ("Ivan", "rabbit"),
-                ("Zane", "duck"),
-            )
-        ],
-        [
-            f"{name} loves to eat {food}."
-            for name, food in (("Lena", "mango"), ("Amir", "pasta"), ("Cleo", "figs"), ("Jude", "soup"))
-        ],
-        [
-            f"The favorite color of {name} is {color}."
-            for name, color in (
-                ("Omar", "teal"),
-                ("Zoe", "green"),
-                ("Liam", "pink"),
-                ("Wren", "gold"),
-                ("Iris", "cyan"),
-            )
-        ],
+        "Hugo lives in Paris. Vera lives in Boston. Cara lives in Seoul. Otto lives in Hanoi. Sven lives in "
+        "Porto. Pia lives in Cairo. Theo lives in Turin. Uma lives in Tunis.",
+        "Rosa has a parrot at home. Finn has a goat at home. Hana has a turtle at home. Ivan has a rabbit at "
+        "home. Zane has a duck at home.",
+        "Lena loves to eat mango. Amir loves to eat pasta. Cleo loves to eat figs. Jude loves to eat soup.",
+        "The favorite color of Omar is teal. The favorite color of Zoe is green. The favorite color of Liam "
+        "is pink. The favorite color of Wren is gold. The favorite color of Iris is cyan.",
     ],
 }
 QUESTIONS = [
@@ -116,6 +58,18 @@ QUESTIONS = [
 ]
 
 
+class Result(NamedTuple):
+    """One answer: its text, where its prompt's KV came from, seconds to the first token."""
+
+    text: str
+    reuse: Reuse
+    ttft_s: float
+
+
+def sentences(text: str) -> list[str]:
+    return [sentence + "." for sentence in text.rstrip(".").split(". ")]
+
+
 def say(text: str) -> None:
     print(text, flush=True)
 
@@ -132,7 +86,8 @@ def learn(store: Path) -> None:
     """First process: the agents store what they are told."""
     with open_manager(store) as manager:
         for agent, sessions in LESSONS.items():
-            for number, facts in enumerate(sessions, start=1):
+            for number, session in enumerate(sessions, start=1):
+                facts = sentences(session)
                 memory = AgentMemory(manager, user_id="team", agent_id=agent, session_id=f"{agent}-{number}")
                 for fact in facts:
                     memory.store(fact, REPLY)
@@ -149,28 +104,21 @@ def ask(store: Path) -> None:
     with open_manager(store) as manager:
         analyst = AgentMemory(manager, user_id="team", agent_id="analyst")
         prompts = manager.prompts
-        facts = [fact for sessions in LESSONS.values() for session in sessions for fact in session]
+        facts = [fact for sessions in LESSONS.values() for session in sessions for fact in sentences(session)]
         history = [token for fact in facts for token in prompts.turn(fact, REPLY)]
 
-        def plain(question: str, before: Sequence[int]) -> Completion:
+        def plain(question: str, before: Sequence[int]) -> Result:
             # A salt of its own: nothing is in vLLM's prefix cache, as for any new agent or engine.
+            salt = f"{question} {len(before)}"
             token_ids = (*prompts.prefix(), *before, *prompts.fresh(question).token_ids)
-            return manager.run(
-                Call(token_ids=token_ids, max_tokens=8, cache_salt=question + str(len(before)))
-            )
+            done = manager.run(Call(token_ids=token_ids, max_tokens=8, cache_salt=salt))
+            return Result(done.text.strip(), done.reuse, done.ttft_s)
 
-        def remembering(question: str) -> Completion:
+        def remembering(question: str) -> Result:
             answer = analyst.generate(question, top_k=TOP_K, max_tokens=8, store=False)
-            return Completion(
-                text=answer.text,
-                reuse=answer.reuse,
-                ttft_s=answer.ttft_s,
-                token_ids=(),
-                turn_id=None,
-                probe=None,
-            )
+            return Result(answer.text, answer.reuse, answer.ttft_s)
 
-        ways: dict[str, Callable[[str], Completion]] = {
+        ways: dict[str, Callable[[str], Result]] = {
             "no memory": lambda question: plain(question, ()),
             "re-reading": lambda question: plain(question, history),
             "KV memory": remembering,
@@ -178,40 +126,34 @@ def ask(store: Path) -> None:
         for way in ways.values():
             way("Are you ready?")  # the first request of each kind is slower
         say(f"  the analyst is asked {len(QUESTIONS)} questions, {len(ways)} ways each\n")
-        results = {name: [] for name in ways}
+        results: dict[str, list[Result]] = {name: [] for name in ways}
+        hits = dict.fromkeys(ways, 0)
         say(f"  {'question':<43}{'right':<9}" + "".join(f"{name:<24}" for name in ways))
         for question, right in QUESTIONS:
             row = f"  {question:<43}{right:<9}"
             for name, way in ways.items():
-                done = way(question)
-                results[name].append((right.lower() in done.text.lower(), done))
-                row += f"{('+ ' if results[name][-1][0] else '- ') + done.text.strip():<24}"
+                result = way(question)
+                results[name].append(result)
+                hits[name] += (known := right.lower() in result.text.lower())
+                row += f"{('+ ' if known else '- ') + result.text:<24}"
             say(row)
         say("")
-        print_totals(results)
+        print_totals(hits, results)
 
 
-def print_totals(results: dict[str, list[tuple[bool, Completion]]]) -> None:
-    def total(name: str, value: Callable[[Completion], int]) -> int:
-        return sum(value(done) for _, done in results[name])
+def print_totals(hits: dict[str, int], results: dict[str, list[Result]]) -> None:
+    def line(title: str, values: Iterable[str]) -> None:
+        say(f"  {title:<52}" + "".join(f"{value:<24}" for value in values))
 
-    lines: list[tuple[str, Callable[[str], str]]] = [
-        ("right answers", lambda n: f"{sum(ok for ok, _ in results[n])} of {len(results[n])}"),
-        ("prompt tokens computed", lambda n: str(total(n, lambda d: d.reuse.computed))),
-        ("tokens injected as KV", lambda n: str(total(n, lambda d: d.reuse.exact + d.reuse.adapted))),
-        (
-            "  of them exact / moved",
-            lambda n: " / ".join(
-                str(total(n, get)) for get in (lambda d: d.reuse.exact, lambda d: d.reuse.adapted)
-            ),
-        ),
-        (
-            "time to first token",
-            lambda n: f"{1000 * statistics.median(d.ttft_s for _, d in results[n]):.0f} ms",
-        ),
-    ]
-    for title, value in lines:
-        say(f"  {title:<52}" + "".join(f"{value(name):<24}" for name in results))
+    columns = results.values()
+    exact = [sum(result.reuse.exact for result in column) for column in columns]
+    moved = [sum(result.reuse.adapted for result in column) for column in columns]
+    line("right answers", (f"{count} of {len(QUESTIONS)}" for count in hits.values()))
+    line("prompt tokens computed", (str(sum(r.reuse.computed for r in column)) for column in columns))
+    line("prompt tokens injected as KV", (str(e + m) for e, m in zip(exact, moved, strict=True)))
+    line("  at their own place / moved", (f"{e} / {m}" for e, m in zip(exact, moved, strict=True)))
+    times_ms = (1000 * statistics.median(result.ttft_s for result in column) for column in columns)
+    line("time to first token, search included (median)", (f"{time_ms:.0f} ms" for time_ms in times_ms))
 
 
 def main() -> None:
@@ -220,7 +162,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="kv_agent_demo_") as folder:
         log_path = Path(folder) / "engine.log"
-        env = {"VLLM_LOGGING_LEVEL": "ERROR", **os.environ, "PYTHONWARNINGS": "ignore"}
+        env = {"VLLM_LOGGING_LEVEL": "ERROR"} | os.environ | {"PYTHONWARNINGS": "ignore"}
         for title, phase in (
             ("1. Two agents learn from their users", "learn"),
             ("2. A new process, a new engine, a third agent", "ask"),

@@ -108,6 +108,44 @@ def test_memory_turns_a_wrong_answer_into_the_right_one(manager: CacheManager) -
     assert not after.reuse.refused
 
 
+def test_moved_memories_answer_like_the_same_text_computed(
+    manager: CacheManager, record_property: pytest.RecordProperty
+) -> None:
+    memory = AgentMemory(manager, user_id="trent")
+    people = ["Mara", "Kofi", "Tara", "Emil", "Yuri", "Nils", "Dora", "Gus", "Hugo", "Vera", "Cara", "Otto"]
+    cities = [
+        "Oslo",
+        "Kyoto",
+        "Lima",
+        "Quito",
+        "Rome",
+        "Delhi",
+        "Dakar",
+        "Perth",
+        "Paris",
+        "Seoul",
+        "Hanoi",
+        "Riga",
+    ]
+    for person, city in zip(people, cities, strict=True):
+        memory.store(f"{person} lives in {city}.", REPLY)
+
+    same = 0
+    for person in people:
+        question = f"Where does {person} live?"
+        answer = memory.generate(question, top_k=3, max_tokens=8, store=False)
+        records = manager.chunk_records([key for m in answer.memories for key in m.chunk_ids])
+        text = [token for m in answer.memories for key in m.chunk_ids for token in records[key].token_ids]
+        fresh = manager.prompts.fresh(question).token_ids
+        computed = manager.run(Call(token_ids=(*text, *fresh), max_tokens=8, cache_salt=question))
+        assert answer.reuse.adapted > 0
+        assert computed.reuse.computed == len(text) + len(fresh)
+        same += answer.text == computed.text.strip()
+
+    record_property("same_answers_of_12", same)
+    assert same >= 10
+
+
 def test_users_and_namespaces_never_see_each_other(manager: CacheManager) -> None:
     AgentMemory(manager, user_id="carol").store("Project Titan runs in Lima.", REPLY)
     question = "Where does project Titan run?"
