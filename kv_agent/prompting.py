@@ -6,8 +6,12 @@ to a rendered conversation, the prefix is what stands before the first turn.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
+
+from jinja2 import TemplateError
 
 from kv_agent.errors import ConfigError
 
@@ -58,16 +62,23 @@ class ChatPrompts:
 
     def fresh(self, prompt: str) -> FreshTurn:
         """A question, ready to be answered."""
-        ids = (
-            self._added([{"role": "user", "content": prompt}], generate=True)
-            if self._templated
-            else self._encode(prompt)
-        )
-        inner = self._encode(prompt)
-        for start in range(len(ids) - len(inner) + 1):
-            if ids[start : start + len(inner)] == inner:
-                return FreshTurn(token_ids=ids, start=start, end=start + len(inner))
+        ids = self._question(prompt)
+        # The question is where its rendering differs from that of others.
+        start = min(_common(ids, other) for other in self._others)
+        end = len(ids) - min(_common(ids[::-1], other[::-1]) for other in self._others)
+        if start < end and self._tokenizer.decode(ids[start:end]) == prompt:
+            return FreshTurn(token_ids=ids, start=start, end=end)
         return FreshTurn(token_ids=ids, start=0, end=len(ids))
+
+    def _question(self, prompt: str) -> tuple[int, ...]:
+        if not self._templated:
+            return self._encode(prompt)
+        return self._added([{"role": "user", "content": prompt}], generate=True)
+
+    @cached_property
+    def _others(self) -> tuple[tuple[int, ...], ...]:
+        """Two questions without a character in common, to tell a question from what stands around it."""
+        return self._question("a"), self._question("b")
 
     def _added(self, messages: list[dict[str, str]], *, generate: bool) -> tuple[int, ...]:
         whole = self._render(list(_PROBE) + messages, generate=generate)
@@ -79,8 +90,21 @@ class ChatPrompts:
         return tuple(whole[len(self._base) :])
 
     def _render(self, messages: list[dict[str, str]], *, generate: bool = False) -> list[int]:
-        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+        try:
+            text = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=generate
+            )
+        except TemplateError as err:
+            raise ConfigError(
+                f"the model's chat template refuses the messages: {err}; leave out what it does not support"
+            ) from err
         return list(self._encode(text))
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many leading tokens are the same."""
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

@@ -41,10 +41,15 @@ class BackgroundWriter:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def has_room(self, num_bytes: int) -> bool:
-        """Whether :meth:`submit` would take a job of this size now; saves preparing one in vain."""
+    def admit(self, num_bytes: int) -> bool:
+        """Whether :meth:`submit` will take a job of this size; if not, it is dropped here and now.
+
+        Ask before preparing a large job. The answer holds for the thread that submits all jobs.
+        """
         with self._changed:
-            return not self._closed and self._fits(num_bytes)
+            if self._closed:
+                return self._drop("the writer is closed")
+            return self._fits(num_bytes) or self._drop(self._full())
 
     def submit(self, num_bytes: int, job: Job) -> bool:
         """Queue ``job``; ``False`` means it was dropped: the queue is full or the writer closed.
@@ -57,10 +62,7 @@ class BackgroundWriter:
             if self._closed:
                 return self._drop("the writer is closed")
             if not self._fits(num_bytes):
-                return self._drop(
-                    f"more than {self._limit_bytes} bytes would wait to be stored; the disk is too slow"
-                    " for this load, or raise queue_bytes"
-                )
+                return self._drop(self._full())
             self._jobs.append((num_bytes, job))
             self._pending_bytes += num_bytes
             self._accepted += 1
@@ -97,6 +99,12 @@ class BackgroundWriter:
     def _fits(self, num_bytes: int) -> bool:
         pending = self._accepted - self._done - self._failed
         return not pending or self._pending_bytes + num_bytes <= self._limit_bytes
+
+    def _full(self) -> str:
+        return (
+            f"more than {self._limit_bytes} bytes would wait to be stored; the disk is too slow"
+            " for this load, or raise queue_bytes"
+        )
 
     def _drop(self, cause: str) -> bool:
         self._dropped += 1

@@ -122,8 +122,8 @@ class KVAgentConnector(KVConnectorBase_V1):
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
     ) -> None:
-        if num_external_tokens > 0:
-            self._deciding.allocated(request.request_id, blocks.get_block_ids()[0], num_external_tokens)
+        block_ids = blocks.get_block_ids()[0] if num_external_tokens else ()
+        self._deciding.allocated(request.request_id, block_ids, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         if probing := self._deciding.probe_request_ids():

@@ -14,6 +14,10 @@ from kv_agent.errors import UnsupportedModelError
 WEIGHT_PATTERNS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 TOKENIZER_PATTERNS = ("tokenizer.json", "*.model", "vocab.*", "merges.txt", "tokenizer_config.json")
 
+# What a model's configuration says about its KV beside shapes; named one by one, because the full
+# configuration changes with the version of transformers that reads it.
+CONFIG_PARTS = ("hidden_size", "intermediate_size", "num_attention_heads", "hidden_act", "rms_norm_eps")
+
 # Weight files up to this size are hashed whole; of larger ones, evenly spread windows and the size.
 WHOLE_FILE_BYTES = 64 << 20
 WINDOW_BYTES = 1 << 20
@@ -57,6 +61,7 @@ def fingerprint_details(vllm_config: Any) -> dict[str, Any]:
         "layers": model.get_num_layers(vllm_config.parallel_config),
         "kv_heads": model.get_total_num_kv_heads(),
         "head_dim": model.get_head_size(),
+        "config": {name: getattr(text, name, None) for name in CONFIG_PARTS},
         "rope": getattr(text, "rope_parameters", None),
     }
 
@@ -82,9 +87,9 @@ def _snapshot_dir(name: str, revision: str | None) -> Path:
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, revision=revision, local_files_only=True))
-    except LocalEntryNotFoundError:
+    except (HFValidationError, LocalEntryNotFoundError):
         return Path(name)

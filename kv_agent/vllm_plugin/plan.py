@@ -17,6 +17,7 @@ from kv_agent.chunks import (
 )
 from kv_agent.config import PlanOptions
 from kv_agent.vllm_plugin.jobs import ChunkLoad
+from kv_agent.vllm_plugin.salts import Moves, cut_moves
 
 
 class Refusal(StrEnum):
@@ -88,8 +89,26 @@ class CheckedPlan:
                 delta=chunk.start - chunk.record.start,
             )
             for chunk in self.placed
-            if chunk.end > start and chunk.start < end
+            if max(chunk.start, start) < min(chunk.end, end)
         )
+
+    def moves(self, end: int) -> Moves:
+        """The adapted chunks among tokens ``[0, end)``."""
+        return cut_moves(tuple((c.start, c.end, c.record.key) for c in self.placed if not c.exact), end)
+
+    def base(self, cached_end: int) -> tuple[ChunkKey, int] | None:
+        """Chain key and end of the last placed chunk within the first ``cached_end`` tokens.
+
+        What is computed from there on is ordinary text in that context. ``None`` if a moved chunk is only
+        partly cached: no chain key names such a context.
+        """
+        context, end = self.root, 0
+        for chunk in self.placed:
+            if chunk.end <= cached_end:
+                context, end = chunk.after, chunk.end
+            elif chunk.start < cached_end and not chunk.exact:
+                return None
+        return context, end
 
     def without(self, key: ChunkKey, start: int, reason: str) -> CheckedPlan:
         """The plan cut before the chunk that failed at ``start``: what follows is computed."""

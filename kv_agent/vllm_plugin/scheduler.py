@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import time
 import uuid
 from collections import Counter
@@ -20,14 +19,12 @@ from kv_agent.vllm_plugin.guard import attempt
 from kv_agent.vllm_plugin.jobs import CaptureJob, LoadFailure, LoadJob, ProbeJob, StepJobs, WorkerReport
 from kv_agent.vllm_plugin.plan import CheckedPlan, PlacedChunk, Refusal, Refused, refuse_all
 from kv_agent.vllm_plugin.resolver import Resolved, Resolver
+from kv_agent.vllm_plugin.salts import UNKNOWN, SaltLedger
 
 PARAMS_KEY = "kv_agent"
 
 # A catalog that does not answer in this time is treated as not having the chunks.
 RESOLVE_TIMEOUT_S = 5.0
-
-# Adapted placements remembered by salt; past this many, every local hit under a salt is taken for adapted.
-MAX_ADAPTED_PLACEMENTS = 1_000_000
 
 
 class EngineRequest(Protocol):
@@ -54,14 +51,15 @@ class _State:
     options: RequestOptions
     scope: Scope
     prompt: list[int]
-    salt: bytes | None
+    salt: str | None
     resolved: Future[Resolved] | None = None
     resolve_deadline: float = 0.0
     plan: CheckedPlan
     known: ChainIndex = field(default_factory=ChainIndex)
-    local: int = 0  # tokens vLLM's own prefix cache had at the last look-up
-    injected_end: int = 0  # end of the tokens that are in the cache thanks to us or to the local hit
-    load_failed: bool = False
+    asked: bool = False  # vLLM looked for cached tokens and has not admitted the request since
+    local: int = 0  # tokens of vLLM's own prefix cache at the last look-up
+    cached_end: int = 0  # end of the tokens cached at admission: the local hit and what we load behind it
+    trusted: bool = True  # whether the local hit surely holds what the plan says
     probe: bytes | None = None
     error: str | None = None
 
@@ -90,8 +88,7 @@ class SchedulerSide:
         self._jobs = StepJobs()
         self._pending = ChainIndex()  # captured here, not yet reported durable
         self._pending_keys: dict[TurnId, tuple[ChunkKey, ...]] = {}
-        self._adapted_at: dict[bytes, set[tuple[ChunkKey, int]]] = {}  # salt -> chunks moved to positions
-        self._num_adapted = 0
+        self._salts = SaltLedger()
         self.counters: Counter[str] = Counter()
 
     # -- a request's life ---------------------------------------------------------------------------
@@ -99,6 +96,8 @@ class SchedulerSide:
     def new_request(self, request: EngineRequest) -> None:
         raw = (request.kv_transfer_params or {}).get(PARAMS_KEY)
         if raw is None:
+            if request.cache_salt:
+                self._salts.record(request.cache_salt, ())
             return
         error = None
         try:
@@ -114,7 +113,7 @@ class SchedulerSide:
             options=options,
             scope=scope,
             prompt=request.prompt_token_ids or [],
-            salt=_digest(request.cache_salt) if request.cache_salt else None,
+            salt=request.cache_salt or None,
             plan=CheckedPlan(root=root),
             error=error,
         )
@@ -137,7 +136,7 @@ class SchedulerSide:
         state = self._states.get(request_id)
         if state is None:
             return 0, False
-        state.local = num_computed
+        state.asked, state.local = True, num_computed
         if state.options.plan is None:
             return 0, False
         if not self._settle(state):
@@ -146,16 +145,21 @@ class SchedulerSide:
         return count, count > 0
 
     def allocated(self, request_id: str, block_ids: Sequence[int], num_external: int) -> None:
-        """vLLM has reserved blocks for the ``num_external`` tokens that ``match`` promised."""
+        """vLLM admits the request and has reserved blocks for the ``num_external`` tokens of ``match``.
+
+        It tells once more when a load has ended; only the call that follows a look-up counts.
+        """
         state = self._states.get(request_id)
-        if state is None or num_external == 0:
+        if state is None or not state.asked:
             return
-        start, end = state.local, state.local + num_external
-        state.injected_end = end
-        self._note_salt(state)
-        self._jobs.loads.append(
-            LoadJob(request_id=request_id, block_ids=tuple(block_ids), chunks=state.plan.loads(start, end))
-        )
+        state.asked = False
+        state.cached_end = end = state.local + num_external
+        state.trusted = self._salts.agrees(state.salt, state.plan.moves(state.local), state.local)
+        if num_external:
+            chunks = state.plan.loads(state.local, end)
+            self._jobs.loads.append(LoadJob(request_id=request_id, block_ids=tuple(block_ids), chunks=chunks))
+        else:
+            self._record_moves(state)
 
     def probe_request_ids(self) -> frozenset[str]:
         """Requests whose prefill has still to be probed."""
@@ -185,8 +189,10 @@ class SchedulerSide:
     def report(self, report: WorkerReport) -> None:
         for request_id, failure in report.loaded.items():
             state = self._states.get(request_id)
-            if state is not None and failure is not None:
-                self._load_failed(state, failure)
+            if state is not None:
+                if failure is not None:
+                    self._load_failed(state, failure)
+                self._record_moves(state)
         for request_id, vector in report.probes.items():
             if request_id in self._states:
                 self._states[request_id].probe = vector
@@ -257,36 +263,20 @@ class SchedulerSide:
 
     def _load_failed(self, state: _State, failure: LoadFailure) -> None:
         self.counters[f"load failed: {failure.reason}"] += 1
-        state.load_failed = True
-        state.plan = state.plan.without(failure.key, failure.start, failure.reason)
         # vLLM keeps whole valid blocks and asks again only when not even one is left.
-        state.injected_end = failure.start - failure.start % self._block_tokens
+        state.cached_end = failure.start - failure.start % self._block_tokens
+        state.plan = state.plan.without(failure.key, failure.start, failure.reason)
         for index in (self._pending, state.known):
             index.discard([failure.key])  # so that what is computed now is stored again
 
-    def _note_salt(self, state: _State) -> None:
-        """Remember which adapted KV vLLM's prefix cache may now hold under this request's salt."""
-        moved = {(c.record.key, c.start) for c in state.plan.placed if not c.exact}
-        if state.salt is None or not moved or self._num_adapted >= MAX_ADAPTED_PLACEMENTS:
-            return
-        known = self._adapted_at.setdefault(state.salt, set())
-        self._num_adapted += len(moved - known)
-        known |= moved
-
-    def _has_foreign_hit(self, state: _State) -> bool:
-        """Whether the local hit may hold adapted KV that this request's own plan does not account for."""
-        if state.salt is None or state.local == 0:
-            return False
-        if self._num_adapted >= MAX_ADAPTED_PLACEMENTS:
-            return True
-        mine = {(chunk.record.key, chunk.start) for chunk in state.plan.placed}
-        moved = self._adapted_at.get(state.salt, set())
-        return any(start < state.local for _, start in moved - mine)
+    def _record_moves(self, state: _State) -> None:
+        """Before vLLM can cache the request's blocks: note what they will hold."""
+        if state.salt is not None:
+            self._salts.record(state.salt, state.plan.moves(state.cached_end) if state.trusted else UNKNOWN)
 
     def _reuse(self, state: _State, num_prompt_tokens: int) -> dict[str, Any]:
         """Tokens of the prompt by where their KV came from, and what was refused."""
-        local = min(state.local, num_prompt_tokens)
-        end = max(local, min(state.injected_end, num_prompt_tokens))
+        end = min(state.cached_end, num_prompt_tokens)
         exact = adapted = 0
         used: list[PlacedChunk] = []
         for chunk in state.plan.placed:
@@ -296,11 +286,8 @@ class SchedulerSide:
                 used.append(chunk)
                 exact += count if chunk.exact else 0
                 adapted += 0 if chunk.exact else count
-        if self._has_foreign_hit(state):
-            # Whatever was found under this salt may have been placed there by another plan.
-            below = sum(max(0, min(c.end, local) - c.start) for c in used if c.exact)
-            plain = local - sum(max(0, min(c.end, local) - c.start) for c in used)
-            exact, adapted = exact - below, adapted + below + plain
+        if not state.trusted:
+            exact, adapted = 0, end  # chunks may have been moved into any of it
         unreached = [
             Refused(chunk_id=chunk.record.key, reason=Refusal.GAP)
             for chunk in state.plan.placed
@@ -328,32 +315,27 @@ class SchedulerSide:
         options = state.options
         if options.scope is None or not options.store or state.error is not None:
             return None
-        if self._obstacle(request, options) is not None or self._has_foreign_hit(state):
+        base = state.plan.base(state.cached_end) if state.trusted else None
+        if self._obstacle(request, options) is not None or base is None:
             return None
-        adapted = any(not chunk.exact for chunk in state.plan.placed)
-        if state.load_failed and adapted:
-            return None  # which tokens saw which context is no longer certain
+        context, start = base
         tokens = request.all_token_ids
         end = min(request.num_computed_tokens, len(tokens) - 1)  # the last sampled token has no KV
-        context, start = state.plan.root, 0
-        if state.plan.placed and state.plan.placed[-1].end <= max(state.injected_end, state.local):
-            context, start = state.plan.placed[-1].after, state.plan.placed[-1].end
-        elif adapted:
-            return None
         known = walk(context, tokens[:end], start, self._lengths_of(state), self._exists(state))
         if known:
             context, start = known[-1].key, known[-1].end
-        if start >= end and options.content_start is None:
-            return None  # all of it is stored already
-        split = min(max(start, options.content_start or 0), end)
+        # Where the turn's own content begins: as told, else behind the plan, else with the new tokens.
+        first = options.content_start
+        if first is None:
+            first = options.plan.fresh_start if options.plan is not None else start
+        split = min(max(start, first), end)
         cut = self._config.chunk_tokens
         before = cut_segments(context, tokens, start, split, cut, self._fingerprint)
         context = before[-1].key if before else context
         content = cut_segments(context, tokens, split, end, cut, self._fingerprint)
-        first = split if options.content_start is None else options.content_start
         stored = tuple(chunk for chunk in known if chunk.start >= first)
         if not content and not stored and not before:
-            return None
+            return None  # all of it is stored already
         job = CaptureJob(
             request_id=request.request_id,
             block_ids=tuple(block_ids),
@@ -377,10 +359,6 @@ class SchedulerSide:
 
     def _exists(self, state: _State) -> Callable[[Sequence[ChunkKey]], set[ChunkKey]]:
         return lambda keys: {k for k in keys if k in state.known or k in self._pending}
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def _as_dict(refused: Refused) -> dict[str, str]:

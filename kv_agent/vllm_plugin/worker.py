@@ -212,8 +212,8 @@ class WorkerSide:
             return self._submit(job, 0, lambda: self._store_turn(job, (), ()))
         start, end = segments[0].start, segments[-1].end
         num_bytes = (end - start) * self._cache.token_bytes
-        if not self._writer.has_room(num_bytes):
-            return self._submit(job, num_bytes, lambda: None)  # counts the drop
+        if not self._writer.admit(num_bytes):
+            return "write queue is full"
         kv_L2THD = self._cache.read(job.block_ids, start, end)
 
         def store() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -116,6 +117,7 @@ def test_two_engines_storing_at_once_keep_everything(
         [sys.executable, str(script), str(store_dir)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(support.REPOSITORY)},
         text=True,
     ) as process:
         try:

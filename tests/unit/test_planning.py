@@ -101,6 +101,13 @@ def test_a_smaller_turn_takes_the_room_that_a_better_one_would_exceed() -> None:
     assert prompt.token_ids == small.token_ids + FRESH.token_ids
 
 
+def test_turns_that_fit_alone_but_not_together_are_not_both_taken() -> None:
+    records = [text(100, 4), text(200, 4), text(300, 1)]
+    turns = [turn(name, one) for name, one in zip("abc", records, strict=True)]
+    prompt = build_prompt((), turns, by_key(*records), FRESH, max_prompt_tokens=3 + 6)
+    assert [one.turn_id for one in prompt.turns] == ["a", "c"]
+
+
 def test_a_turn_of_exactly_the_room_fits() -> None:
     one = text(100, 5)
     for limit, num_turns in [(8, 1), (7, 0)]:

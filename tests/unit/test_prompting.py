@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from kv_agent.errors import ConfigError
@@ -179,6 +180,17 @@ def test_a_default_system_prompt_is_part_of_the_prefix(
     )
     assert prompts["chatml"].prefix() == ()
     assert tokenizer.decode(prompts["headers and bos"].prefix()) == "<|pad|>"
+
+
+@pytest.mark.parametrize("template", [CHATML, None], ids=["chatml", "no template"])
+def test_tokens_that_the_tokenizer_adds_to_every_text_are_not_in_every_piece(template: str | None) -> None:
+    plain, adding = with_template(template), with_template(template)
+    adding.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|pad|> $A", special_tokens=[("<|pad|>", adding.pad_token_id)]
+    )
+    assert adding.encode("a") == [adding.pad_token_id, *plain.encode("a")]
+    conversation = ("Be brief.", [("a", "b")], "c")
+    assert pieces(ChatPrompts(adding), *conversation) == pieces(ChatPrompts(plain), *conversation)
 
 
 # -- where the question stands ------------------------------------------------------------------------

@@ -68,14 +68,14 @@ def test_what_exceeds_the_bound_is_dropped_and_warned_about_once(
 
 
 @pytest.mark.parametrize("num_bytes", [40, 41])
-def test_has_room_foretells_submit_without_counting_a_drop(
+def test_what_is_admitted_is_taken_and_what_is_not_counts_as_dropped_once(
     writer: BackgroundWriter, gate: threading.Event, num_bytes: int
 ) -> None:
-    foretold = writer.has_room(num_bytes)
-    dropped = writer.counts.dropped
+    admitted = writer.admit(num_bytes)
 
-    assert dropped == 0
-    assert foretold == writer.submit(num_bytes, lambda: None) == (num_bytes == 40)
+    assert admitted is (num_bytes == 40)
+    assert writer.counts.dropped == (0 if admitted else 1)
+    assert writer.submit(num_bytes, lambda: None) is admitted
 
 
 def test_room_comes_back_when_a_job_has_run(writer: BackgroundWriter, gate: threading.Event) -> None:

@@ -1,0 +1,366 @@
+"""Which placements of a plan may be used, whether they are exact, and what is loaded for them."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kv_agent.chunks import (
+    ChunkKey,
+    ChunkRecord,
+    Fingerprint,
+    Scope,
+    adapted_key,
+    chain_key,
+    root_key,
+)
+from kv_agent.config import PlanOptions
+from kv_agent.vllm_plugin.plan import CheckedPlan, Refusal, Refused, check_plan, refuse_all
+from tests.unit.vllm_plugin.builders import (
+    FINGERPRINT,
+    ROOT,
+    SCOPE,
+    chain,
+    plan_options,
+    record,
+    tokens_of,
+)
+
+FRESH = (90, 91, 92)
+
+
+def check(
+    options: PlanOptions,
+    *records: ChunkRecord,
+    prompt: tuple[int, ...],
+    scope: Scope = SCOPE,
+    fingerprint: Fingerprint = FINGERPRINT,
+) -> CheckedPlan:
+    return check_plan(options, {one.key: one for one in records}, prompt, scope, fingerprint)
+
+
+def check_in_a_row(*records: ChunkRecord) -> CheckedPlan:
+    """The records one behind the other from position 0, then a fresh turn."""
+    prompt = tokens_of(records) + FRESH
+    placements, position = [], 0
+    for one in records:
+        placements.append((one, position))
+        position += one.num_tokens
+    return check(plan_options(*placements, fresh_start=position), *records, prompt=prompt)
+
+
+def reasons(plan: CheckedPlan) -> dict[str, str]:
+    return {refused.chunk_id: refused.reason for refused in plan.refused}
+
+
+# -- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"namespace": "other"}, Refusal.NAMESPACE),
+        ({"user_id": "eve"}, Refusal.USER),
+        ({"namespace": "other", "user_id": "eve"}, Refusal.NAMESPACE),
+        ({"fingerprint": Fingerprint("fp-2")}, Refusal.FINGERPRINT),
+        ({"quarantined": True}, Refusal.QUARANTINED),
+        ({"token_ids": (1, 2, 3, 5)}, Refusal.TOKENS),
+        ({"token_ids": (0, 2, 3, 4)}, Refusal.TOKENS),
+    ],
+)
+def test_a_record_that_is_not_the_request_s_own_is_refused(
+    changes: dict[str, object], reason: Refusal
+) -> None:
+    good = record([1, 2, 3, 4])
+    options = plan_options((good, 0), fresh_start=4)
+
+    plan = check(options, replace(good, **changes), prompt=(1, 2, 3, 4, *FRESH))
+
+    assert plan.placed == ()
+    assert plan.refused == (Refused(chunk_id=good.key, reason=reason),)
+
+
+def test_the_same_record_unchanged_is_placed() -> None:
+    good = record([1, 2, 3, 4])
+    plan = check(plan_options((good, 0), fresh_start=4), good, prompt=(1, 2, 3, 4, *FRESH))
+    assert [(chunk.record, chunk.start) for chunk in plan.placed] == [(good, 0)]
+    assert plan.refused == ()
+
+
+def test_a_chunk_the_catalog_does_not_have_is_refused() -> None:
+    good = record([1, 2])
+    plan = check(plan_options((good, 0), fresh_start=2), prompt=(1, 2, *FRESH))
+    assert reasons(plan) == {good.key: Refusal.UNKNOWN}
+
+
+@pytest.mark.parametrize("position", [0, 1, 3])
+def test_one_different_prompt_token_refuses_the_chunk(position: int) -> None:
+    good = record([1, 2, 3, 4])
+    prompt = [1, 2, 3, 4, *FRESH]
+    prompt[position] += 1
+    plan = check(plan_options((good, 0), fresh_start=4), good, prompt=tuple(prompt))
+    assert reasons(plan) == {good.key: Refusal.TOKENS}
+
+
+def test_a_chunk_that_starts_before_the_end_of_the_one_before_is_refused() -> None:
+    one, other = record([7, 7, 7, 7]), record([7, 7, 7], start=9)
+    options = plan_options((one, 0), (other, 3), fresh_start=6)
+    plan = check(options, one, other, prompt=(7,) * 10)
+    assert [chunk.record for chunk in plan.placed] == [one]
+    assert reasons(plan) == {other.key: Refusal.OVERLAP}
+
+
+def test_a_refused_chunk_does_not_make_the_next_one_overlap() -> None:
+    bad, good = record([7, 7, 7, 7], quarantined=True), record([7, 7, 7], start=9)
+    plan = check(plan_options((bad, 0), (good, 2), fresh_start=6), bad, good, prompt=(7,) * 10)
+    assert [chunk.record for chunk in plan.placed] == [good]
+
+
+@pytest.mark.parametrize(
+    ("fresh_start", "num_fresh", "placed"),
+    [
+        (4, 3, True),  # ends right before the fresh turn
+        (3, 3, False),
+        (0, 3, False),
+        (4, 1, True),
+        (4, 0, False),  # nothing would be left to compute
+        (5, 0, False),
+        (5, 1, True),  # the fresh turn is said to begin behind the prompt, yet one token is computed
+        (900, 0, False),
+        (900, 1, True),
+    ],
+)
+def test_a_chunk_may_not_reach_into_the_fresh_turn_nor_cover_the_last_token(
+    fresh_start: int, num_fresh: int, placed: bool
+) -> None:
+    good = record([1, 2, 3, 4])
+    prompt = (1, 2, 3, 4, *range(90, 90 + num_fresh))
+    plan = check(plan_options((good, 0), fresh_start=fresh_start), good, prompt=prompt)
+    assert [chunk.record for chunk in plan.placed] == ([good] if placed else [])
+    assert reasons(plan) == ({} if placed else {good.key: Refusal.FRESH_TURN})
+
+
+@pytest.mark.parametrize("start", [6, 7, 8, 1000])
+def test_a_chunk_that_ends_behind_the_prompt_is_refused(start: int) -> None:
+    good = record([1, 2])
+    plan = check(plan_options((good, start), fresh_start=2000), good, prompt=(1, 2) * 4)
+    assert reasons(plan) == {good.key: Refusal.FRESH_TURN}
+
+
+def test_refusing_all_names_every_placement() -> None:
+    one, other = chain([1], [2])
+    plan = refuse_all(plan_options((one, 0), (other, 1), fresh_start=2), ROOT, Refusal.NO_SALT)
+    assert plan.placed == ()
+    assert reasons(plan) == {one.key: Refusal.NO_SALT, other.key: Refusal.NO_SALT}
+    assert plan.reach(0) == 0
+
+
+# -- exact or adapted -----------------------------------------------------------------------------
+
+
+def test_a_chain_at_its_own_place_is_exact() -> None:
+    records = chain([1, 2, 3, 4], [5, 6, 7], [8, 9])
+    plan = check_in_a_row(*records)
+    assert [chunk.exact for chunk in plan.placed] == [True, True, True]
+    assert [chunk.context for chunk in plan.placed] == [ROOT, records[0].key, records[1].key]
+    assert [chunk.after for chunk in plan.placed] == [one.key for one in records]
+    assert [(chunk.start, chunk.end) for chunk in plan.placed] == [(0, 4), (4, 7), (7, 9)]
+
+
+def test_the_order_of_placements_does_not_matter() -> None:
+    records = chain([1, 2], [3, 4], [5, 6])
+    placements = [(records[0], 0), (records[1], 2), (records[2], 4)]
+    expected = check(plan_options(*placements, fresh_start=6), *records, prompt=(1, 2, 3, 4, 5, 6, 7))
+    for seed in range(5):
+        random.Random(seed).shuffle(placements)
+        options = plan_options(*placements, fresh_start=6)
+        assert check(options, *records, prompt=(1, 2, 3, 4, 5, 6, 7)) == expected
+
+
+def test_a_chunk_behind_another_context_is_adapted() -> None:
+    first, second = chain([1, 2, 3, 4], [5, 6, 7])
+    other = record([4, 3, 2, 1])
+    plan = check_in_a_row(other, second)
+    assert [chunk.exact for chunk in plan.placed] == [True, False]
+    assert plan.placed[1].start == second.start
+    assert plan.placed[1].after == adapted_key(other.key, second.key) != second.key
+    assert first.key != other.key
+
+
+def test_a_chunk_at_another_position_is_adapted_even_with_the_right_parent() -> None:
+    moved = record([1, 2, 3], start=6)
+    assert [chunk.exact for chunk in check_in_a_row(moved).placed] == [False]
+
+
+def test_a_chunk_behind_an_adapted_copy_of_its_own_context_is_adapted() -> None:
+    lead, first = chain([8, 8, 8], [1, 2, 3])
+    second = record([4, 5], parent=record([1, 2, 3]).key, start=3)
+    plan = check_in_a_row(first, second)  # `first` was computed behind `lead`
+    assert [chunk.exact for chunk in plan.placed] == [False, False]
+    assert lead.key == first.parent
+
+
+def test_what_was_computed_behind_an_adapted_chunk_is_exact_behind_the_same_one() -> None:
+    moved = record([1, 2, 3], parent=record([8]).key, start=1)
+    behind = record([4, 5], parent=adapted_key(ROOT, moved.key), start=3)
+    plan = check_in_a_row(moved, behind)
+    assert [chunk.exact for chunk in plan.placed] == [False, True]
+    assert plan.placed[1].after == behind.key
+
+
+def test_the_same_chunk_twice_is_exact_once() -> None:
+    one = record([1, 2])
+    assert [chunk.exact for chunk in check_in_a_row(one, one).placed] == [True, False]
+
+
+def test_a_chunk_behind_a_refused_parent_is_exact_because_the_parent_s_text_is_computed() -> None:
+    first, second = chain([1, 2, 3, 4], [5, 6, 7])
+    plan = check_in_a_row(replace(first, quarantined=True), second)
+    assert reasons(plan) == {first.key: Refusal.QUARANTINED}
+    assert [(chunk.record, chunk.start, chunk.exact) for chunk in plan.placed] == [(second, 4, True)]
+
+
+def test_a_chunk_behind_a_parent_refused_for_other_text_is_adapted() -> None:
+    first, second = chain([1, 2, 3, 4], [5, 6, 7])
+    options = plan_options((first, 0), (second, 4), fresh_start=7)
+    plan = check(options, first, second, prompt=(1, 2, 3, 0, 5, 6, 7, *FRESH))
+    assert [(chunk.record, chunk.exact) for chunk in plan.placed] == [(second, False)]
+
+
+def test_text_between_chunks_counts_as_computed_behind_what_is_before_it() -> None:
+    (first,) = chain([1, 2])
+    gap = (3, 4, 5)
+    behind = record([6, 7], parent=chain_key(first.key, gap), start=5)
+    options = plan_options((first, 0), (behind, 5), fresh_start=7)
+    plan = check(options, first, behind, prompt=(1, 2, *gap, 6, 7, *FRESH))
+    assert [chunk.exact for chunk in plan.placed] == [True, True]
+
+
+def test_text_behind_an_adapted_chunk_never_makes_a_chunk_exact() -> None:
+    moved = record([1, 2], start=9)
+    behind = record([6, 7], parent=chain_key(record([1, 2]).key, (3, 4)), start=4)
+    options = plan_options((moved, 0), (behind, 4), fresh_start=6)
+    plan = check(options, moved, behind, prompt=(1, 2, 3, 4, 6, 7, *FRESH))
+    assert [chunk.exact for chunk in plan.placed] == [False, False]
+
+
+def test_contexts_of_different_users_differ() -> None:
+    eve = Scope(namespace=SCOPE.namespace, user_id="eve")
+    hers = record([1, 2], parent=root_key(FINGERPRINT, eve.namespace, eve.user_id), scope=eve)
+    plan = check(plan_options((hers, 0), fresh_start=2), hers, prompt=(1, 2, *FRESH), scope=eve)
+    assert [chunk.exact for chunk in plan.placed] == [True]
+    assert plan.root == hers.parent != ROOT
+
+
+# -- what is loaded -------------------------------------------------------------------------------
+
+
+def three_chunks_and_a_gap() -> CheckedPlan:
+    """Chunks at [0, 4), [4, 9), a gap, [12, 15)."""
+    first, second = chain([1, 2, 3, 4], [5, 6, 7, 8, 9])
+    last = record([13, 14, 15], start=2)
+    prompt = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, *FRESH)
+    options = plan_options((first, 0), (second, 4), (last, 12), fresh_start=15)
+    return check(options, first, second, last, prompt=prompt)
+
+
+@pytest.mark.parametrize(
+    ("local", "end"),
+    [(0, 9), (2, 9), (4, 9), (8, 9), (9, 9), (10, 10), (11, 11), (12, 15), (14, 15), (15, 15), (16, 16)],
+)
+def test_tokens_reach_up_to_the_first_gap(local: int, end: int) -> None:
+    assert three_chunks_and_a_gap().reach(local) == end
+
+
+def test_nothing_is_reached_when_the_first_chunk_stands_behind_a_gap() -> None:
+    late = record([1, 2], start=4)
+    plan = check(plan_options((late, 4), fresh_start=6), late, prompt=(9, 9, 9, 9, 1, 2, *FRESH))
+    assert (plan.reach(0), plan.reach(3), plan.reach(4)) == (0, 3, 6)
+    assert plan.loads(0, 0) == ()
+
+
+def test_a_local_hit_inside_a_chunk_skips_its_first_tokens() -> None:
+    plan = three_chunks_and_a_gap()
+    (load,) = plan.loads(6, 9)
+    assert (load.skip, load.start, load.end, load.delta) == (2, 6, 9, 0)
+    (moved,) = plan.loads(12, 15)
+    assert (moved.skip, moved.start, moved.end, moved.delta) == (0, 12, 15, 10)
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> tuple[tuple[int, ...], CheckedPlan]:
+    """A prompt of distinct tokens and chunks of it, computed anywhere, some of them refused."""
+    steps = draw(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 7)), max_size=6))
+    moves = draw(st.lists(st.integers(0, 50), min_size=len(steps), max_size=len(steps)))
+    good = draw(st.lists(st.booleans(), min_size=len(steps), max_size=len(steps)))
+    prompt = tuple(range(100, 100 + sum(gap + size for gap, size in steps) + 2))
+    placements, position = [], 0
+    for (gap, size), moved, keep in zip(steps, moves, good, strict=True):
+        position += gap
+        one = record(
+            prompt[position : position + size], parent=ChunkKey("p"), start=moved, quarantined=not keep
+        )
+        placements.append((one, position))
+        position += size
+    options = plan_options(*placements, fresh_start=position)
+    return prompt, check(options, *(one for one, _ in placements), prompt=prompt)
+
+
+@given(case=plans(), local=st.integers(0, 45))
+@settings(max_examples=150, deadline=None)
+def test_loads_cover_each_reached_token_once_with_that_token_s_kv(
+    case: tuple[tuple[int, ...], CheckedPlan], local: int
+) -> None:
+    prompt, plan = case
+    covered_by = {position: chunk for chunk in plan.placed for position in range(chunk.start, chunk.end)}
+    end = local
+    while end in covered_by:
+        end += 1
+
+    assert plan.reach(local) == end
+    for upto in {chunk.end for chunk in plan.placed if local < chunk.end <= end} | {end}:
+        loaded: dict[int, tuple[int, int]] = {}
+        for load in plan.loads(local, upto):
+            assert load.skip < load.record.num_tokens
+            for index in range(load.skip, load.record.num_tokens):
+                position = load.start + index - load.skip
+                assert position not in loaded
+                loaded[position] = (load.record.token_ids[index], load.record.start + index + load.delta)
+        assert loaded == {position: (prompt[position], position) for position in range(local, upto)}
+
+
+# -- after a failed load --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("failed", "at", "kept"),
+    [(0, 0, []), (0, 2, []), (1, 4, [0]), (1, 6, [0]), (2, 12, [0, 1])],
+)
+def test_what_stands_behind_a_failed_chunk_is_cut_off(failed: int, at: int, kept: list[int]) -> None:
+    plan = three_chunks_and_a_gap()
+    key = plan.placed[failed].record.key
+    cut = plan.without(key, at, "blob is missing")
+    assert cut.placed == tuple(plan.placed[index] for index in kept)
+    expected: dict[str, str] = {chunk.record.key: Refusal.GAP for chunk in plan.placed[failed:]}
+    assert reasons(cut) == expected | {key: "blob is missing"}
+    assert cut.root == plan.root
+
+
+def test_reasons_told_before_a_failure_are_kept() -> None:
+    bad, good = record([1, 2], quarantined=True), record([3, 4], start=2)
+    options = plan_options((bad, 0), (good, 2), fresh_start=4)
+    plan = check(options, bad, good, prompt=(1, 2, 3, 4, *FRESH))
+    cut = plan.without(good.key, 2, "load took too long")
+    assert reasons(cut) == {bad.key: Refusal.QUARANTINED, good.key: "load took too long"}
+
+
+def test_of_a_chunk_placed_twice_only_the_failed_copy_names_the_failure() -> None:
+    one = record([1, 2])
+    plan = check_in_a_row(one, one, one)
+    cut = plan.without(one.key, 2, "blob is corrupt")
+    assert [chunk.start for chunk in cut.placed] == [0]
+    assert [refused.reason for refused in cut.refused] == ["blob is corrupt", Refusal.GAP]
