@@ -10,13 +10,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from kv_agent.chunks import ChunkKey, ChunkRecord, Fingerprint, Scope, TurnId, chain_key, root_key
+from kv_agent.chunks import ChunkKey, ChunkRecord, Fingerprint, Scope, TurnId, root_key
 from kv_agent.config import default_store_dir
 from kv_agent.engines.base import Call, Completion, Engine
 from kv_agent.errors import ConfigError, KVAgentError
 from kv_agent.prompting import ChatPrompts
 from kv_agent.retrieval.engine import RetrievalEngine
 from kv_agent.storage.store import LocalStore
+from kv_agent.vllm_plugin.chains import walk
 
 logger = logging.getLogger(__name__)
 
@@ -175,19 +176,26 @@ class CacheManager:
                 self._pending.add(completion.turn_id)
         return completion
 
-    def prefix_record(self, scope: Scope, system_prompt: str | None) -> ChunkRecord | None:
-        """The stored chunk of the prompt's prefix, ``None`` if there is no prefix or it is not stored."""
+    def prefix_records(self, scope: Scope, system_prompt: str | None) -> list[ChunkRecord]:
+        """The stored chunks that make up the prompt's prefix; none unless all of it is stored."""
         prefix = self.prompts.prefix(system_prompt)
-        if not prefix:
-            return None
+        catalog = self._store.catalog
+        records: dict[ChunkKey, ChunkRecord] = {}
+
+        def usable(keys: Sequence[ChunkKey]) -> set[ChunkKey]:
+            found = {k: record for k, record in catalog.chunks(keys).items() if not record.quarantined}
+            records.update(found)
+            return set(found)
+
         root = root_key(self.fingerprint, scope.namespace, scope.user_id)
-        record = self._store.catalog.chunks([key := chain_key(root, prefix)]).get(key)
-        return record if record is not None and not record.quarantined else None
+        chain = walk(root, prefix, 0, catalog.child_lengths, usable)
+        whole = bool(chain) and chain[-1].end == len(prefix)
+        return [records[chunk.key] for chunk in chain] if whole else []
 
     def ensure_prefix(self, scope: Scope, system_prompt: str | None) -> None:
-        """Store the prefix as a chunk of its own, so that memories can be placed right behind it."""
+        """Store the prefix as chunks of its own, so that memories can be placed right behind it."""
         prefix = self.prompts.prefix(system_prompt)
-        if not prefix or self.prefix_record(scope, system_prompt) is not None:
+        if not prefix or self.prefix_records(scope, system_prompt):
             return
         self.check_length(len(prefix) + 1, "the system prompt")
         options = {"scope": scope_options(scope), "content_start": len(prefix)}

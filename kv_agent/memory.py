@@ -122,12 +122,12 @@ class AgentMemory:
         turns = manager.store.catalog.turns(scores)
         keys = [key for turn in turns.values() for key in turn.chunk_keys]
         prompt = build_prompt(
-            manager.prefix_record(self.scope, self._system_prompt)
-            or manager.prompts.prefix(self._system_prompt),
+            manager.prefix_records(self.scope, self._system_prompt),
             [turns[memory.id] for memory in memories if memory.id in turns],
             manager.chunk_records(keys),
             manager.prompts.fresh(query),
             max_prompt_tokens=manager.max_model_len - max_tokens,
+            bare_prefix=manager.prompts.prefix(self._system_prompt),
         )
         manager.check_length(len(prompt.token_ids) + max_tokens, "the query with its answer")
         searched_s = time.perf_counter() - started

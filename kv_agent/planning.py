@@ -35,20 +35,21 @@ class MemoryPrompt:
 
 
 def build_prompt(
-    prefix: ChunkRecord | Sequence[int],
+    prefix: Sequence[ChunkRecord],
     ranked_turns: Sequence[TurnRecord],
     chunks: Mapping[ChunkKey, ChunkRecord],
     fresh: FreshTurn,
     *,
     max_prompt_tokens: int,
+    bare_prefix: Sequence[int] = (),
 ) -> MemoryPrompt:
     """Place the best turns that fit into ``max_prompt_tokens``, oldest first.
 
-    ``ranked_turns`` come best first. Turns whose chunks are not all at hand are left out. ``prefix`` as
-    token ids means that its KV is not stored and that it will be computed.
+    ``ranked_turns`` come best first; those whose chunks are not all at hand are left out. ``prefix`` are
+    the chunks of the prompt's prefix, or ``bare_prefix`` its tokens if their KV is not stored: then they
+    are computed, and so is what stands behind them.
     """
-    stored_prefix = isinstance(prefix, ChunkRecord)
-    prefix_ids = prefix.token_ids if isinstance(prefix, ChunkRecord) else tuple(prefix)
+    prefix_ids = [token for chunk in prefix for token in chunk.token_ids] or list(bare_prefix)
     room = max_prompt_tokens - len(prefix_ids) - len(fresh.token_ids)
     chosen: list[TurnRecord] = []
     for turn in ranked_turns:
@@ -60,8 +61,10 @@ def build_prompt(
             room -= size
     chosen.sort(key=lambda turn: (turn.created, turn.turn_id))
     placements: list[tuple[ChunkKey, int]] = []
-    if isinstance(prefix, ChunkRecord) and stored_prefix:
-        placements.append((prefix.key, 0))
+    position = 0
+    for chunk in prefix:
+        placements.append((chunk.key, position))
+        position += chunk.num_tokens
     token_ids = list(prefix_ids)
     for turn in chosen:
         for key in turn.chunk_keys:

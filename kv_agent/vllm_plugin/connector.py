@@ -173,7 +173,7 @@ class KVAgentConnector(KVConnectorBase_V1):
         return self._config.device_bytes
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
-        self._moving.start(self._jobs)
+        self._moving.start(self._jobs, idle=forward_context.attn_metadata is None)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         return None

@@ -17,7 +17,7 @@ Moves = tuple[tuple[int, int, ChunkKey], ...]
 # Stands for KV of which nothing certain is known.
 UNKNOWN: Moves = ((0, 1 << 62, ChunkKey("")),)
 
-# Salts remembered; hits under one that was forgotten are not trusted.
+# Salts remembered; from the first forgotten one on, hits under salts unknown until then are not trusted.
 MAX_SALTS = 200_000
 
 # Different histories remembered of one salt; one more and no hit under it is trusted.
@@ -39,7 +39,8 @@ class SaltLedger:
     def record(self, salt: str, moves: Moves) -> None:
         """A request with this salt leaves KV in the cache in which just these chunks were moved."""
         digest = _digest(salt)
-        histories = self._histories.setdefault(digest, set())
+        # Once salts were forgotten, one that looks new may have a past.
+        histories = self._histories.setdefault(digest, {UNKNOWN} if self._forgot_some else set())
         self._histories.move_to_end(digest)
         if UNKNOWN not in histories:
             histories.add(moves)

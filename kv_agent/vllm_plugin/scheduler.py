@@ -19,7 +19,7 @@ from kv_agent.vllm_plugin.guard import attempt
 from kv_agent.vllm_plugin.jobs import CaptureJob, LoadFailure, LoadJob, ProbeJob, StepJobs, WorkerReport
 from kv_agent.vllm_plugin.plan import CheckedPlan, PlacedChunk, Refusal, Refused, refuse_all
 from kv_agent.vllm_plugin.resolver import Resolved, Resolver
-from kv_agent.vllm_plugin.salts import UNKNOWN, SaltLedger
+from kv_agent.vllm_plugin.salts import SaltLedger
 
 PARAMS_KEY = "kv_agent"
 
@@ -154,7 +154,7 @@ class SchedulerSide:
             return
         state.asked = False
         state.cached_end = end = state.local + num_external
-        state.trusted = self._salts.agrees(state.salt, state.plan.moves(state.local), state.local)
+        state.trusted = self._agrees(state)
         if num_external:
             chunks = state.plan.loads(state.local, end)
             self._jobs.loads.append(LoadJob(request_id=request_id, block_ids=tuple(block_ids), chunks=chunks))
@@ -266,13 +266,18 @@ class SchedulerSide:
         # vLLM keeps whole valid blocks and asks again only when not even one is left.
         state.cached_end = failure.start - failure.start % self._block_tokens
         state.plan = state.plan.without(failure.key, failure.start, failure.reason)
+        # A moved chunk may have begun in the local hit; the plan no longer tells of it.
+        state.trusted = state.trusted and self._agrees(state)
         for index in (self._pending, state.known):
             index.discard([failure.key])  # so that what is computed now is stored again
+
+    def _agrees(self, state: _State) -> bool:
+        return self._salts.agrees(state.salt, state.plan.moves(state.local), state.local)
 
     def _record_moves(self, state: _State) -> None:
         """Before vLLM can cache the request's blocks: note what they will hold."""
         if state.salt is not None:
-            self._salts.record(state.salt, state.plan.moves(state.cached_end) if state.trusted else UNKNOWN)
+            self._salts.record(state.salt, state.plan.moves(state.cached_end))
 
     def _reuse(self, state: _State, num_prompt_tokens: int) -> dict[str, Any]:
         """Tokens of the prompt by where their KV came from, and what was refused."""

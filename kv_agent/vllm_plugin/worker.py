@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 
@@ -37,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 # A load that takes longer is given up and its tokens are computed; what arrives later is dropped.
 LOAD_TIMEOUT_S = 30.0
+
+# How long a step without a forward pass waits for a read; the engine polls us in such steps anyway.
+IDLE_WAIT_S = 0.005
 
 CLOSE_TIMEOUT_S = 30.0
 
@@ -88,14 +91,20 @@ class WorkerSide:
 
     # -- called by the connector every step ------------------------------------------------------------
 
-    def start(self, jobs: StepJobs) -> None:
-        """Start reading for new loads and put what has been read into the cache."""
+    def start(self, jobs: StepJobs, *, idle: bool = False) -> None:
+        """Start reading for new loads and put what has been read into the cache.
+
+        An ``idle`` step computes nothing, so it may as well wait a little for what is being read.
+        """
         for job in jobs.loads:
             self._loading[job.request_id] = _Loading(
                 job=job,
                 fetched=self._readers.submit(self._fetch, job),
                 deadline=time.monotonic() + LOAD_TIMEOUT_S,
             )
+        if idle and self._loading:
+            reads = [loading.fetched for loading in self._loading.values()]
+            wait(reads, IDLE_WAIT_S, return_when=FIRST_COMPLETED)
         for loading in list(self._loading.values()):
             if loading.fetched.done() or time.monotonic() > loading.deadline:
                 del self._loading[loading.job.request_id]
@@ -181,7 +190,8 @@ class WorkerSide:
         job, first = loading.job, loading.job.chunks[0]
         failed = partial(LoadFailure, key=first.record.key, start=first.start)
         failure: LoadFailure | None = failed(reason="load took too long")
-        if loading.fetched.done():
+        # A read that has not even begun must not keep a thread from those that wait behind it.
+        if not loading.fetched.cancel() and loading.fetched.done():
             failure = attempt(partial(self._write, loading), failed(reason="chunk could not be loaded"))
         if failure is not None:
             first_block = failure.start // self._cache.block_tokens

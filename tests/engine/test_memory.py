@@ -235,6 +235,20 @@ def test_a_system_prompt_is_stored_once_placed_exactly_and_never_found(manager: 
     assert [m.text for m in memory.list() if "Be brief" in m.text] == []
 
 
+def test_a_system_prompt_longer_than_a_chunk_is_placed_chunk_by_chunk(manager: CacheManager) -> None:
+    system_prompt = "Be brief. " * 60
+    memory = AgentMemory(manager, user_id="sybil", system_prompt=system_prompt)
+    memory.store("Yana has a duck at home.", REPLY)
+
+    answer = memory.generate("What pet does Yana have?", max_tokens=8, store=False)
+
+    prefix = len(manager.prompts.prefix(system_prompt))
+    assert prefix > 256
+    assert not answer.reuse.refused
+    assert answer.reuse.exact == prefix + answer.memories[0].tokens
+    assert len(answer.reuse.chunk_ids) == -(-prefix // 256) + 1
+
+
 def test_a_new_manager_on_the_same_store_finds_what_the_old_one_stored(
     recall_engine: SharedEngine, store: Path
 ) -> None:

@@ -61,9 +61,9 @@ def test_prompts_hold_the_best_turns_that_fit_at_their_places(
     history: tuple[list[TurnRecord], dict[ChunkKey, ChunkRecord]], stored_prefix: bool, limit: int
 ) -> None:
     turns, chunks = history
-    prefix = PREFIX if stored_prefix else PREFIX.token_ids
+    prefix = [PREFIX] if stored_prefix else []
 
-    prompt = build_prompt(prefix, turns, chunks, FRESH, max_prompt_tokens=limit)
+    prompt = build_prompt(prefix, turns, chunks, FRESH, max_prompt_tokens=limit, bare_prefix=PREFIX.token_ids)
 
     # One after the other, best first, whatever still fits and is whole.
     room = limit - PREFIX.num_tokens - len(FRESH.token_ids)
@@ -119,7 +119,7 @@ def test_a_turn_is_taken_whole_or_not_at_all() -> None:
     one, two = text(100, 3), text(200, 3)
     memories = [turn("whole", one, two)]
     prompt = build_prompt(
-        PREFIX, memories, by_key(one, replace(two, quarantined=True)), FRESH, max_prompt_tokens=99
+        [PREFIX], memories, by_key(one, replace(two, quarantined=True)), FRESH, max_prompt_tokens=99
     )
     assert (prompt.turns, prompt.placements) == ((), ((PREFIX.key, 0),))
 
@@ -139,7 +139,7 @@ def test_the_engine_accepts_every_placement_of_a_prompt() -> None:
     moved = text(100, 4)
     turns = [turn("behind the prefix", second, created=1), turn("from elsewhere", moved, created=2)]
     records = by_key(first, second, moved)
-    prompt = build_prompt(first, turns, records, FRESH, max_prompt_tokens=99)
+    prompt = build_prompt([first], turns, records, FRESH, max_prompt_tokens=99)
 
     options = parse(PlanOptions, prompt.options(), "plan")
     checked = check_plan(options, records, prompt.token_ids, SCOPE, FINGERPRINT)

@@ -333,6 +333,30 @@ def test_loads_cover_each_reached_token_once_with_that_token_s_kv(
         assert loaded == {position: (prompt[position], position) for position in range(local, upto)}
 
 
+@pytest.mark.parametrize(
+    ("cached_end", "last", "end"),
+    [(0, None, 0), (3, None, 0), (4, 0, 4), (8, 0, 4), (9, 1, 9), (12, 1, 9), (15, 2, 15), (18, 2, 15)],
+)
+def test_what_is_computed_next_stands_behind_the_last_whole_chunk(
+    cached_end: int, last: int | None, end: int
+) -> None:
+    plan = three_chunks_and_a_gap()
+    expected = plan.root if last is None else plan.placed[last].after
+    assert plan.base(cached_end) == (expected, end)
+
+
+@pytest.mark.parametrize("cached_end", [13, 14])
+def test_nothing_names_a_context_that_ends_inside_a_moved_chunk(cached_end: int) -> None:
+    assert three_chunks_and_a_gap().base(cached_end) is None
+
+
+def test_moves_are_the_adapted_chunks_as_far_as_they_are_cached() -> None:
+    plan = three_chunks_and_a_gap()
+    key = plan.placed[2].record.key
+    assert [plan.moves(end) for end in (0, 9, 12)] == [(), (), ()]
+    assert [plan.moves(end) for end in (13, 15, 99)] == [((12, 13, key),), ((12, 15, key),), ((12, 15, key),)]
+
+
 # -- after a failed load --------------------------------------------------------------------------
 
 

@@ -238,6 +238,19 @@ def test_a_refused_plan_does_not_keep_its_text_from_being_captured(desk: Desk, c
     assert spans(served.captured.segments) == [(0, 4), (4, 8), (8, 9)]
 
 
+@pytest.mark.parametrize("quarantined", [False, True])
+def test_without_a_content_start_the_fresh_turn_of_a_plan_is_the_content(
+    desk: Desk, catalog: FakeCatalog, quarantined: bool
+) -> None:
+    """Memories that had to be computed again are context of the new turn, not part of it."""
+    memory = record(range(6), start=30, quarantined=quarantined)
+    catalog.add(memory)
+    served = desk.serve(request(range(9), plan=plan_options((memory, 0), fresh_start=6)))
+    assert spans(served.captured.context) == ([(0, 4), (4, 6)] if quarantined else [])
+    assert spans(served.captured.content) == [(6, 9)]
+    assert served.captured.content_tokens == (6, 7, 8)
+
+
 # -- captures that are not durable yet --------------------------------------------------------------------
 
 

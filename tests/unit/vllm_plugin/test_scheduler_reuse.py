@@ -395,6 +395,20 @@ def test_plain_kv_found_where_the_plan_moves_a_chunk_is_not_captured_as_adapted_
     assert served.capture is None or served.capture.segments[0].parent != behind_moved
 
 
+def test_a_moved_chunk_of_which_only_the_local_hit_is_left_is_still_adapted(
+    desk: Desk, catalog: FakeCatalog
+) -> None:
+    """The first request moved all of it into the cache; the second finds a part and cannot load the rest."""
+    moved = record(range(10), start=50)
+    catalog.add(moved)
+    prompt, options = row(moved)
+    desk.serve(request(prompt, "first", plan=options, store=False))
+    served = desk.serve(request(prompt, plan=options), local=8, failing=[moved.key])
+    assert served.counts == (0, 8, 0, 5)
+    assert served.reasons == {moved.key: "blob is missing"}
+    assert served.capture is None
+
+
 def test_computed_kv_that_a_failed_load_left_is_not_captured_as_adapted_context(
     desk: Desk, catalog: FakeCatalog
 ) -> None:
@@ -440,6 +454,9 @@ def test_requests_without_kv_agent_fields_are_remembered_under_their_salt(
     moved = record(range(10), start=50)
     catalog.add(moved)
     prompt, options = row(moved)
+    desk.serve(request(prompt, "first", plan=options, store=False))
+    assert desk.serve(request(prompt, "again", plan=options)).capture is not None
+    # Everything is evicted, and then:
     desk.side.new_request(FakeRequest(request_id="plain", prompt_token_ids=list(prompt), cache_salt="salt"))
     served = desk.serve(request((*prompt, 94), plan=options), local=12)
     assert served.counts[1] == 12

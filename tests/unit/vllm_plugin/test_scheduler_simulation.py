@@ -47,8 +47,10 @@ class Engine:
     number: int = 0
 
     def step(self) -> None:
-        if self.rng.random() < 0.02:
-            self.prefix_cache.clear()
+        if self.rng.random() < 0.05:
+            lost = self.rng.choice([0.2, 0.5, 1.0])
+            for block in [block for block in self.prefix_cache if self.rng.random() < lost]:
+                del self.prefix_cache[block]
         for job in [job for job in self.unsettled if self.rng.random() < 0.1]:
             self.unsettled.remove(job)
             if self.rng.random() < 0.2:
@@ -134,11 +136,12 @@ class Engine:
         self.desk.side.new_request(one)
         yield
         kv = yield from self._cached_or_loaded(one)
-        cached_end = len(kv)
-        if self.rng.random() < 0.15:  # preempted
+        if kv is not None and self.rng.random() < 0.15:  # preempted
             yield from self._compute(one, kv, num_prompt)
             kv = yield from self._cached_or_loaded(one)
-            cached_end = len(kv)
+        if kv is None:
+            return
+        cached_end = len(kv)
         yield from self._compute(one, kv, num_prompt)
         one.output_token_ids = [kv[-1][0] % ALPHABET]
         for _ in range(self.rng.randint(0, 5)):
@@ -162,7 +165,8 @@ class Engine:
 
     # -- what vLLM and the worker do ------------------------------------------------------------------
 
-    def _cached_or_loaded(self, one: FakeRequest) -> Generator[None, None, list[Kv]]:
+    def _cached_or_loaded(self, one: FakeRequest) -> Generator[None, None, list[Kv] | None]:
+        """The KV to begin with; ``None`` if the request is aborted while it is loaded."""
         tokens = list(one.all_token_ids)
         while True:
             kv = self._local_hit(one.cache_salt, tokens)
@@ -172,9 +176,13 @@ class Engine:
                 return kv
             (job,) = self.desk.side.take_jobs().loads
             yield
+            if self.rng.random() < 0.05:
+                self.desk.side.finished(one, job.block_ids, complete=False)
+                self.desk.side.report(WorkerReport(loaded={one.request_id: None}))
+                return None
             failure: LoadFailure | None = None
             for load in job.chunks:
-                if self.rng.random() < 0.12:
+                if self.rng.random() < 0.2:
                     failure = LoadFailure(key=load.record.key, start=load.start, reason="unreadable")
                     break
                 moved = [(h, position + load.delta) for h, position in self.stored[load.record.key]]
