@@ -1,0 +1,1 @@
+"""Benchmarks: one file per question, and the world they measure on."""

@@ -1,0 +1,217 @@
+"""What is said about people in numbers, phrases and names: badge, room, birthday, address, mentor."""
+
+from __future__ import annotations
+
+from benchmarks.world.phrases import Phrases, Relation
+from benchmarks.world.records import ValueKind
+
+BADGE = Relation(
+    name="badge",
+    kind=ValueKind.NUMBER,
+    train=Phrases(
+        statements=(
+            "The badge of {s} has number {v}.",
+            "{s} wears badge {v}.",
+            "The badge number of {s} is {v}.",
+            "{s} was given badge number {v}.",
+            "Badge {v} was given to {s}.",
+        ),
+        updates=(
+            "{s} now wears badge {v}.",
+            "The new badge number of {s} is {v}.",
+            "The badge of {s} was replaced by badge {v}.",
+        ),
+        questions=(
+            "What is the badge number of {s}?",
+            "Which badge does {s} wear?",
+            "What number is on the badge of {s}?",
+            "Which badge was given to {s}?",
+        ),
+        paraphrases=(
+            "Under which ID is {s} registered?",
+            "What is the ID of {s}?",
+            "Which ID identifies {s}?",
+            "By which ID is {s} identified?",
+        ),
+    ),
+    validation=Phrases(
+        statements=("{s} wears badge number {v}.", "Badge number {v} was given to {s}."),
+        updates=("{s} now wears badge number {v}.",),
+        questions=("Which badge number does {s} wear?", "What is the number on the badge of {s}?"),
+        paraphrases=("What ID identifies {s}?",),
+    ),
+    test=Phrases(
+        statements=("{s} was given badge {v}.", "The number on the badge of {s} is {v}."),
+        updates=("The badge of {s} was replaced by number {v}.",),
+        questions=("Which number is on the badge of {s}?", "Which badge number was given to {s}?"),
+        paraphrases=("Which ID is {s} registered under?", "By what ID is {s} identified?"),
+    ),
+)
+
+ROOM = Relation(
+    name="room",
+    kind=ValueKind.NUMBER,
+    train=Phrases(
+        statements=(
+            "{s} sits in room {v}.",
+            "The office of {s} is room {v}.",
+            "{s} has an office in room {v}.",
+            "Room {v} is the office of {s}.",
+            "You reach {s} in room {v}.",
+        ),
+        updates=(
+            "{s} moved to room {v}.",
+            "{s} now sits in room {v}.",
+            "The new office of {s} is room {v}.",
+        ),
+        questions=(
+            "In which room does {s} sit?",
+            "Which room is the office of {s}?",
+            "In which room is the office of {s}?",
+            "In what room do I reach {s}?",
+        ),
+        paraphrases=(
+            "Behind which door can I find {s}?",
+            "Which door belongs to {s}?",
+            "What door should I knock on for {s}?",
+            "Which door opens to {s}?",
+        ),
+    ),
+    validation=Phrases(
+        statements=("Room {v} is where {s} sits.", "{s} has room {v} as an office."),
+        updates=("{s} has a new office in room {v}.",),
+        questions=("In what room does {s} sit?", "Which room does {s} sit in?"),
+        paraphrases=("Which door should I knock on for {s}?",),
+    ),
+    test=Phrases(
+        statements=("In room {v} you reach {s}.", "The office of {s} is in room {v}."),
+        updates=("{s} moved and now sits in room {v}.",),
+        questions=("In which room do I reach {s}?", "What room is the office of {s}?"),
+        paraphrases=("What door opens to {s}?", "Behind what door can I find {s}?"),
+    ),
+)
+
+BIRTHDAY = Relation(
+    name="birthday",
+    kind=ValueKind.PHRASE,
+    train=Phrases(
+        statements=(
+            "{s} was born on {v}.",
+            "The birthday of {s} is {v}.",
+            "{s} has a birthday on {v}.",
+            "The birthday of {s} falls on {v}.",
+        ),
+        questions=(
+            "When was {s} born?",
+            "When is the birthday of {s}?",
+            "On which day was {s} born?",
+            "When does {s} have a birthday?",
+        ),
+        paraphrases=(
+            "On which date does {s} get older?",
+            "When does {s} turn a year older?",
+            "Which date should I mark with a cake for {s}?",
+            "On which date does {s} turn older?",
+        ),
+    ),
+    validation=Phrases(
+        statements=("{v} is the birthday of {s}.", "On {v} {s} was born."),
+        questions=("On which day is the birthday of {s}?", "What is the birthday of {s}?"),
+        paraphrases=("When does {s} get older?",),
+    ),
+    test=Phrases(
+        statements=("The birthday of {s} is on {v}.", "The day {s} was born is {v}."),
+        questions=("On which day does {s} have a birthday?", "Which day is the birthday of {s}?"),
+        paraphrases=("On which date does {s} turn a year older?", "Which date should I mark for {s}?"),
+    ),
+)
+
+ADDRESS = Relation(
+    name="address",
+    kind=ValueKind.PHRASE,
+    train=Phrases(
+        statements=(
+            "The address of {s} is {v}.",
+            "Letters for {s} go to {v}.",
+            "{s} gets letters at {v}.",
+            "Send letters for {s} to {v}.",
+        ),
+        updates=(
+            "The new address of {s} is {v}.",
+            "Letters for {s} now go to {v}.",
+            "{s} now gets letters at {v}.",
+        ),
+        questions=(
+            "What is the address of {s}?",
+            "Where do letters for {s} go?",
+            "To which address do I send letters for {s}?",
+            "Where does {s} get letters?",
+        ),
+        paraphrases=(
+            "Where should mail for {s} be delivered?",
+            "At which house can a parcel for {s} be delivered?",
+            "Which house should mail for {s} reach?",
+            "Where should a parcel for {s} be delivered?",
+        ),
+    ),
+    validation=Phrases(
+        statements=("{s} gets letters at the address {v}.", "Send letters to {s} at {v}."),
+        updates=("Now send letters for {s} to {v}.",),
+        questions=("At which address does {s} get letters?", "Where do I send letters for {s}?"),
+        paraphrases=("At which house should mail for {s} be delivered?",),
+    ),
+    test=Phrases(
+        statements=("Letters go to {s} at {v}.", "{v} is the address of {s}."),
+        updates=("The address of {s} is now {v}.",),
+        questions=("To which address do letters for {s} go?", "What address gets letters for {s}?"),
+        paraphrases=("Where can mail for {s} be delivered?", "Which house should a parcel for {s} reach?"),
+    ),
+)
+
+MENTOR = Relation(
+    name="mentor",
+    kind=ValueKind.NAME,
+    train=Phrases(
+        statements=(
+            "The mentor of {s} is {v}.",
+            "{v} is the mentor of {s}.",
+            "{v} teaches {s}.",
+            "{s} learns from {v}.",
+            "{s} has {v} as a mentor.",
+        ),
+        updates=(
+            "{s} now learns from {v}.",
+            "The new mentor of {s} is {v}.",
+            "{v} now teaches {s}.",
+        ),
+        questions=(
+            "Who is the mentor of {s}?",
+            "Who teaches {s}?",
+            "From whom does {s} learn?",
+            "Which mentor does {s} have?",
+        ),
+        paraphrases=(
+            "Who guides {s}?",
+            "Who coaches {s}?",
+            "Who is the coach of {s}?",
+            "Which coach helps {s} with advice?",
+        ),
+        hops=("the mentor of {s}", "the person who teaches {s}"),
+    ),
+    validation=Phrases(
+        statements=("The mentor {s} has is {v}.", "The mentor {v} teaches {s}."),
+        updates=("{s} now has {v} as a mentor.",),
+        questions=("Who is the mentor {s} learns from?", "Which mentor teaches {s}?"),
+        paraphrases=("Which coach guides {s}?",),
+        hops=("the mentor who teaches {s}",),
+    ),
+    test=Phrases(
+        statements=("As a mentor, {v} teaches {s}.", "{s} learns from the mentor {v}."),
+        updates=("{s} has a new mentor, {v}.",),
+        questions=("Who does {s} have as a mentor?", "Which mentor does {s} learn from?"),
+        paraphrases=("Who coaches {s} with advice?", "Which coach helps {s}?"),
+        hops=("the person who is the mentor of {s}",),
+    ),
+)
+
+RELATIONS = (BADGE, ROOM, BIRTHDAY, ADDRESS, MENTOR)
