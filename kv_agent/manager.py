@@ -51,6 +51,8 @@ class CacheManager:
         settings: Mapping[str, Any] | None = None,
         **engine_options: Any,
     ) -> None:
+        if isinstance(engine, str) and engine != "vllm":
+            raise ConfigError(f'engine must be "vllm" or an engine object, got {engine!r}')
         self._lock = threading.RLock()
         self._pending: set[TurnId] = set()
         self._attached: set[tuple[str, str]] = set()
@@ -61,14 +63,12 @@ class CacheManager:
         try:
             self._engine = (
                 _start_vllm(model, root, {"device_bytes": device_bytes, **(settings or {})}, engine_options)
-                if engine == "vllm"
+                if isinstance(engine, str)
                 else engine
             )
         except BaseException:
             self._store.close()
             raise
-        if isinstance(self._engine, str):
-            raise ConfigError(f'engine must be "vllm" or an engine object, got {self._engine!r}')
         self._index = RetrievalEngine(self._store.catalog, self._engine.fingerprint, root / "index")
         self.prompts = ChatPrompts(self._engine.tokenizer)
 

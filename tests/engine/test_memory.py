@@ -363,6 +363,12 @@ def test_the_quick_start_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None
     assert (tmp_path / "store" / "catalog.sqlite3").exists()
 
 
+def test_an_unknown_engine_name_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match='engine must be "vllm" or an engine object'):
+        CacheManager("vlm", store=tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
 def test_backend_gpu_without_a_gpu_is_a_clear_error(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
