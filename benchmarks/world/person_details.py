@@ -44,7 +44,7 @@ BADGE = Relation(
         statements=("{s} was given badge {v}.", "The number on the badge of {s} is {v}."),
         updates=("The badge of {s} was replaced by number {v}.",),
         questions=("Which number is on the badge of {s}?", "Which badge number was given to {s}?"),
-        paraphrases=("Which ID is {s} registered under?", "By what ID is {s} identified?"),
+        paraphrases=("Under what ID is {s} registered?", "By what ID is {s} identified?"),
     ),
 )
 
@@ -206,7 +206,7 @@ MENTOR = Relation(
         hops=("the mentor who teaches {s}",),
     ),
     test=Phrases(
-        statements=("As a mentor, {v} teaches {s}.", "{s} learns from the mentor {v}."),
+        statements=("{v} teaches {s} as a mentor.", "{s} learns from the mentor {v}."),
         updates=("{s} has a new mentor, {v}.",),
         questions=("Who does {s} have as a mentor?", "Which mentor does {s} learn from?"),
         paraphrases=("Who coaches {s} with advice?", "Which coach helps {s}?"),

@@ -78,7 +78,7 @@ FOOD = Relation(
         ),
     ),
     validation=Phrases(
-        statements=("{s} likes to eat {v}.", "Every day {s} would eat {v}."),
+        statements=("{s} likes to eat {v}.", "What {s} would eat every day is {v}."),
         updates=("{s} now likes to eat {v}.",),
         questions=("What food does {s} love?", "What does {s} like to eat?"),
         paraphrases=("What dish does {s} prefer?",),

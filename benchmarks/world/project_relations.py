@@ -44,7 +44,7 @@ LEAD = Relation(
         hops=("the person in charge of project {s}",),
     ),
     test=Phrases(
-        statements=("As lead, {v} is in charge of project {s}.", "The lead project {s} has is {v}."),
+        statements=("{v} is in charge of project {s} as lead.", "The lead project {s} has is {v}."),
         updates=("Project {s} has a new lead, {v}.",),
         questions=("Which person is in charge of project {s}?", "Which person is the lead of project {s}?"),
         paraphrases=("Who is responsible as head of project {s}?", "Who runs project {s} as the boss?"),

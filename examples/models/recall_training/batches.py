@@ -98,7 +98,7 @@ class Encoder:
             answer = [*pairs[2 * number + 1], self._special[END]]
             first = len(ids) if is_chain else num_shared
             answers.append((len(ids) + len(asked), len(ids) + len(asked) + len(answer)))
-            echoes += [len(ids) + at for at in range(2, len(asked)) if (asked[at - 1], asked[at]) in told]
+            echoes += [len(ids) + at for at in range(2, len(asked) - 2) if (asked[at - 1], asked[at]) in told]
             ids += asked + answer
             segments += [_SHARED if is_chain else number + 1] * (len(asked) + len(answer))
             positions += range(first, first + len(asked) + len(answer))

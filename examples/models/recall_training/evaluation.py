@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from benchmarks.world import Question, Split, WorldConfig, generate_world
 from examples.models.recall_training.batches import Batch, Encoder, collate, shuffled, visible
 
-_SEED_BASE = 10_000_000  # no training seed reaches it
+_SEED_BASE = 1 << 48  # training seeds have 48 bits
 _QUESTIONS_PER_WORLD = 20
 _TOKENS_PER_BATCH = 8_000
 
