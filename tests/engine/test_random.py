@@ -70,5 +70,5 @@ def test_any_mixture_of_requests_is_served_and_counted_and_changes_no_plain_answ
                 known = answers.setdefault(call.token_ids, done.token_ids)
                 shorter = min(len(known), len(done.token_ids))
                 assert known[:shorter] == done.token_ids[:shorter]
-    assert min(tokens.values()) > 0, "some way of reuse never came up"
+    assert min(tokens["exact"], tokens["adapted"], tokens["computed"]) > 0, "some kind of reuse never came up"
     record_property("prompt_tokens", dict(tokens))
