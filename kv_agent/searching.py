@@ -22,8 +22,8 @@ def find_turns(
     """The ``top_k`` best turns that ``scope`` admits, best first, with their scores.
 
     ``probe`` gives the pooled keys of a query; it is called only when they are needed. Hybrid takes what
-    shares words with the query first and fills free places by keys: measured on LoCoMo, merging the two
-    rankings as equals made results worse than text search alone.
+    shares words with the query first and fills free places by keys: the keys were measured near chance, and
+    merging a ranking at chance as an equal makes results worse than text search alone.
     """
     if top_k < 1:
         raise ConfigError(f"top_k must be >= 1, got {top_k}")
