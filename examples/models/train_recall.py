@@ -87,7 +87,7 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        self.num_tokens += batch.ids_BT.numel()
+        self.num_tokens += int((batch.ids_BT != self.encoder.pad_id).sum())
         is_passed = self.progress.record(exact_matches(logits_WV, batch))  # sync: counts decide
         if self.step % self.args.log_every == 0:
             print(
@@ -172,12 +172,19 @@ class Trainer:
         self.model.save_pretrained(out)
         settings = {name: str(value) for name, value in vars(self.args).items()}
         record = {"settings": settings, "seconds": self.seconds, "num_tokens": self.num_tokens,
-                  "steps": self.step, "test": scores, "curve": self.curve}  # fmt: skip
+                  "steps": self.step, "last_level": LEVELS[self.progress.level], "device": device_name(),
+                  "test": scores, "curve": self.curve}  # fmt: skip
         (out / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def is_gpu() -> bool:
     return torch.cuda.is_available()
+
+
+def device_name() -> str:
+    if is_gpu():
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} thread(s) of a CPU"
 
 
 def autocast(model: PreTrainedModel) -> torch.autocast:
@@ -229,18 +236,18 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1_000_000, help="the run ends at these or --minutes")
     parser.add_argument("--minutes", type=float, default=math.inf, help="of training, without evaluation")
-    parser.add_argument("--tokens", type=int, default=4096, help="per step")
+    parser.add_argument("--tokens", type=int, default=2048, help="per step")
     parser.add_argument("--vocab", type=int, default=4096)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--mlp", type=int, default=512)
-    parser.add_argument("--muon-lr", type=float, default=0.02)
+    parser.add_argument("--muon-lr", type=float, default=0.01)
     parser.add_argument("--lr", type=float, default=3e-3, help="of embeddings and norms")
     parser.add_argument("--echo-weight", type=float, default=0.3, help="of names copied into questions")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--workers", type=int, default=0, help="processes that make batches")
     parser.add_argument("--log-every", type=int, default=50)
-    parser.add_argument("--eval-every", type=int, default=500)
+    parser.add_argument("--eval-every", type=int, default=1000)
     parser.add_argument("--eval-worlds", type=int, default=10)
     parser.add_argument("--test-worlds", type=int, default=50)
     return parser.parse_args()

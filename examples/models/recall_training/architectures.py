@@ -12,43 +12,46 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from examples.models.recall_training import attention
+
 MAX_POSITIONS = 4096
 
 
 def build_model(
     family: str, tokenizer: PreTrainedTokenizerFast, *, layers: int, width: int, mlp: int
 ) -> PreTrainedModel:
-    """An untrained model; its attention is SDPA, its embeddings are tied."""
-    head_size = 64 if family == "llama" else 32
+    """An untrained model with tied embeddings."""
     shared = {
         "vocab_size": len(tokenizer),
         "hidden_size": width,
         "intermediate_size": mlp,
         "num_hidden_layers": layers,
-        "num_attention_heads": width // head_size,
-        "head_dim": head_size,
+        "head_dim": 64,
         "max_position_embeddings": MAX_POSITIONS,
         "tie_word_embeddings": True,
         "rms_norm_eps": 1e-6,
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
-        "attn_implementation": "sdpa",
+        "attn_implementation": attention.NAME,
+        "initializer_range": width**-0.5,
     }
     model: PreTrainedModel
     match family:
         case "llama":
             model = LlamaForCausalLM(
                 LlamaConfig(
-                    num_key_value_heads=width // head_size // 2,
-                    rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+                    num_attention_heads=4,
+                    num_key_value_heads=2,
+                    rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
                     **shared,
                 )
             )
         case "qwen3":
             model = Qwen3ForCausalLM(
                 Qwen3Config(
-                    num_key_value_heads=width // head_size // 4,
+                    num_attention_heads=6,
+                    num_key_value_heads=2,
                     rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
                     **shared,
                 )

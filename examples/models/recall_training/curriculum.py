@@ -5,21 +5,26 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.utils.data import IterableDataset
 
 from benchmarks.world import Split, WorldConfig, generate_world
 from examples.models.recall_training.batches import Batch, Encoder, Row, collate, shuffled
+from examples.models.recall_training.tokens import SYSTEM_PROMPTS
 
 LEVELS = (2, 4, 6, 9, 14, 20, 30, 50, 80)  # most facts in a dialogue; 80 with their turns are 2,000 tokens
-PASS_SHARE = 0.75  # right answers in training that open the next level
+PASS_SHARE = 0.6  # right answers in training that open the next level ...
+LARGE_PASS_SHARE = 0.75  # ... and one from _LARGE on, where every token costs more
 WINDOW = 30  # steps over which they are counted
+_LARGE = 14  # levels from here on have twice the tokens in a step: their dialogues are longer
 _MAX_CONTEXT = 2048
-_MAX_ROW = 3072  # with all questions, which do not see each other
 _MAX_QUESTIONS = 48
-_CHAIN_SHARE = 0.15  # dialogues whose questions see those before them
+_MOST_SHARE = 0.4  # batches of as many facts as the level allows; the others' numbers are log-uniform
+_SYSTEM_SHARE = 0.15
+_EARLIER_SHARE = 0.15  # dialogues in which some questions were answered before
+_MAX_EARLIER = 6
 
 
 @dataclass(slots=True, kw_only=True)
@@ -36,7 +41,8 @@ class Progress:
     def record(self, matches: list[bool]) -> bool:
         """Takes in one step's answers; true when they open the next level."""
         self.recent.append(sum(matches) / len(matches))
-        passed = len(self.recent) == WINDOW and self.right >= PASS_SHARE and self.level + 1 < len(LEVELS)
+        wanted = PASS_SHARE if LEVELS[self.level] < _LARGE else LARGE_PASS_SHARE
+        passed = len(self.recent) == WINDOW and self.right >= wanted and self.level + 1 < len(LEVELS)
         if passed:
             self.level += 1
             self.recent.clear()
@@ -51,6 +57,16 @@ class Source:
     level: int
     tokens_per_step: int
     questions_per_fact: int = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """What the dialogues of one batch have in common."""
+
+    config: WorldConfig
+    system: str | None
+    num_earlier: int
+    num_questions: int
 
 
 class Batches(IterableDataset[Batch]):
@@ -68,15 +84,17 @@ class Batches(IterableDataset[Batch]):
     def _batch(self, step: int) -> Batch:
         rng = random.Random(f"{self._source.seed}/{step}")
         most = LEVELS[self._source.level]
+        # Dialogues of one shape, so that less is padding.
+        shape = self._shape(most if rng.random() < _MOST_SHARE else round(most ** rng.random()), rng)
         rows: list[Row] = []
         size = 0
-        while not rows or size + len(rows[-1].ids) <= self._source.tokens_per_step:
-            num_facts = most if rng.random() < 0.3 else rng.randint(1, most)
-            rows.append(self._row(num_facts, rng.random() < _CHAIN_SHARE, rng))
-            size += len(rows[-1].ids)
+        wanted = self._source.tokens_per_step * (2 if most >= _LARGE else 1)
+        while not rows or size + size // len(rows) <= wanted:
+            rows.append(self._row(shape, rng))
+            size += len(rows[-1].shared) + sum(len(one.ids) for one in rows[-1].asked)
         return collate(rows, self._encoder.pad_id)
 
-    def _row(self, num_facts: int, is_chain: bool, rng: random.Random) -> Row:
+    def _shape(self, num_facts: int, rng: random.Random) -> Shape:
         config = WorldConfig(
             num_facts=num_facts,
             facts_per_subject=rng.choice((1, 2, 3)),
@@ -89,7 +107,20 @@ class Batches(IterableDataset[Batch]):
             unknown_share=0.15,
             questions_per_fact=self._source.questions_per_fact,
         )
-        world = generate_world(config, split=Split.TRAIN, seed=rng.getrandbits(48))
-        row = self._encoder.row(world, shuffled(world.questions, _MAX_QUESTIONS, rng), is_chain=is_chain)
-        is_short = len(row.ids) <= _MAX_ROW and max(row.positions) < _MAX_CONTEXT
-        return row if is_short else self._row(num_facts * 3 // 4, is_chain, rng)
+        most_earlier = min(num_facts, _MAX_EARLIER)
+        num_earlier = rng.randint(1, most_earlier) if rng.random() < _EARLIER_SHARE else 0
+        num_questions = min(_MAX_QUESTIONS, self._source.questions_per_fact * num_facts)
+        system = rng.choice(SYSTEM_PROMPTS) if rng.random() < _SYSTEM_SHARE else None
+        return Shape(config=config, system=system, num_earlier=num_earlier, num_questions=num_questions)
+
+    def _row(self, shape: Shape, rng: random.Random) -> Row:
+        world = generate_world(shape.config, split=Split.TRAIN, seed=rng.getrandbits(48))
+        questions = shuffled(world.questions, shape.num_earlier + shape.num_questions, rng)
+        num_earlier = min(shape.num_earlier, len(questions) - 1)
+        row = self._encoder.row(
+            world, questions[num_earlier:], earlier=questions[:num_earlier], system=shape.system
+        )
+        if row.longest <= _MAX_CONTEXT:
+            return row
+        fewer = replace(shape.config, num_facts=shape.config.num_facts * 3 // 4)
+        return self._row(replace(shape, config=fewer), rng)

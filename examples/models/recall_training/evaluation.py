@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks.world import Question, Split, WorldConfig, generate_world
-from examples.models.recall_training.batches import Batch, Encoder, collate, shuffled, visible
+from examples.models.recall_training.batches import Batch, Encoder, collate, shuffled
 
 _SEED_BASE = 1 << 48  # training seeds have 48 bits
 _QUESTIONS_PER_WORLD = 20
@@ -36,8 +36,8 @@ def token_logits(model: PreTrainedModel, batch: Batch, wanted_W: Tensor) -> Tens
     hidden_BTC = model.model(
         input_ids=batch.ids_BT,
         position_ids=batch.positions_BT,
-        attention_mask=visible(batch.segments_BT),
         use_cache=False,
+        layout=batch.layout,
     ).last_hidden_state
     hidden_WC = hidden_BTC.flatten(0, 1)[wanted_W - 1]  # each token is predicted one before it
     logits_WV: Tensor = model.lm_head(hidden_WC)
@@ -68,7 +68,7 @@ def evaluate(
         world = generate_world(config, split=split, seed=_SEED_BASE + number)
         rng = random.Random(number)
         rows.append(encoder.row(world, shuffled(world.questions, _QUESTIONS_PER_WORLD, rng)))
-    longest = max(len(row.ids) for row in rows)
+    longest = max(len(row.shared) + sum(len(one.ids) for one in row.asked) for row in rows)
     size = max(1, _TOKENS_PER_BATCH // longest)
     device = next(model.parameters()).device
     outcome: list[tuple[Question, bool]] = []

@@ -23,7 +23,7 @@ from examples.models.recall_training.evaluation import (
     score,
     token_logits,
 )
-from tests.unit.recall_training.plain import Dialogue, packed
+from tests.unit.recall_training.plain import Dialogue, packed, stock
 
 NUM_FACTS = 2
 NUM_WORLDS = 5
@@ -71,7 +71,7 @@ def greedy_answer(
         messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     prompt_length = inputs["input_ids"].shape[1]
-    output_BT = model.eval().generate(
+    output_BT = model.generate(
         input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=12
     )
     text: str = tokenizer.decode(output_BT[0, prompt_length:])
@@ -79,7 +79,8 @@ def greedy_answer(
 
 
 def agree(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, found: list[Verdict]) -> list[bool]:
-    answers = [greedy_answer(model, tokenizer, one.world, one.question) for one in found]
+    plain = stock(model)
+    answers = [greedy_answer(plain, tokenizer, one.world, one.question) for one in found]
     return [
         one.is_right == (answer == f"{one.question.answer}<|end|>")
         for one, answer in zip(found, answers, strict=True)

@@ -1,4 +1,4 @@
-"""What the tokenizer promises: whole words, single digits, one chat format, texts that come back."""
+"""What the tokenizer promises: whole words, pairs of digits, one chat format, texts that come back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from benchmarks.world import RELATIONS, Split, WorldConfig, generate_world, values
+from benchmarks.world import RELATIONS, Message, Split, WorldConfig, generate_world, values
 from benchmarks.world.names import FIRST_NAMES, LAST_NAMES, PROJECT_MODIFIERS, PROJECT_NOUNS
 from examples.models.recall_training import tokens
 from examples.models.recall_training.batches import Encoder
@@ -76,18 +76,53 @@ def test_words_of_phrasings_are_one_token_each_at_the_place_they_stand(
     assert not found
 
 
-@pytest.mark.parametrize("number", ["7", "42", "4821", "90500"])
-def test_digits_are_split_one_by_one(tokenizer: PreTrainedTokenizerFast, number: str) -> None:
-    def pieces(text: str) -> list[str]:
-        return [piece for token in plain_ids(tokenizer, text) for piece in [tokenizer.decode([token])]]
+@pytest.mark.parametrize(
+    ("number", "pieces"),
+    [
+        ("7", ["Ġ7"]),
+        ("42", ["Ġ42"]),
+        ("703", ["Ġ70", "3"]),
+        ("4821", ["Ġ48", "21"]),
+        ("90500", ["Ġ90", "50", "0"]),
+    ],
+)
+def test_numbers_are_split_by_two_digits_from_the_left(
+    tokenizer: PreTrainedTokenizerFast, number: str, pieces: list[str]
+) -> None:
+    for text in ("{}.", "The badge is {}.", "The badge is {}, not {} Oak Lane.", "<|user|>{}<|end|>"):
+        found = tokenizer.convert_ids_to_tokens(plain_ids(tokenizer, text.format(number, number)))
+        assert [piece for piece in found if re.search("[0-9]", piece)] == pieces * text.count("{}")
 
-    assert "".join(pieces(f"The badge is {number}.")).endswith(f"{number}.")
-    assert not [
-        p for p in pieces(f"The badge is {number}, {number} Oak Lane.") if len(p) > 1 and p[-1].isdigit()
-    ]
-    digits = [plain_ids(tokenizer, digit)[-1] for digit in number]
-    ids = plain_ids(tokenizer, f"{number}.")
-    assert ids[-len(number) - 1 : -1] == digits
+
+@settings(max_examples=200, deadline=None)
+@given(number=st.integers(min_value=10, max_value=10**9))
+def test_any_number_comes_back_and_has_a_token_for_every_two_digits(
+    tokenizer: PreTrainedTokenizerFast, number: int
+) -> None:
+    text = f"It is {number}."
+    ids = plain_ids(tokenizer, text)
+    assert tokenizer.decode(ids) == text
+    digits = str(number)
+    pairs = [digits[at : at + 2] for at in range(0, len(digits), 2)]
+    assert tokenizer.convert_ids_to_tokens(ids)[2:-1] == [f"Ġ{pairs[0]}", *pairs[1:]]
+
+
+@pytest.mark.parametrize("split", Split, ids=lambda split: split.value)
+def test_numbers_of_worlds_have_a_token_for_every_two_digits(
+    tokenizer: PreTrainedTokenizerFast, split: Split
+) -> None:
+    # A token that no training text has could not be recalled.
+    numbers = set(re.findall("[0-9]+", " ".join(texts_of(split, num_facts=300))))
+    assert len(numbers) > 50
+    assert not {n for n in numbers if len(plain_ids(tokenizer, n)) != (len(n) + 1) // 2}
+
+
+def test_no_token_holds_more_than_two_digits_or_digits_and_letters(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    with_digits = [token for token in tokenizer.get_vocab() if re.search("[0-9]", token)]
+    assert len(with_digits) > 100
+    assert not [token for token in with_digits if not re.fullmatch("Ġ?[0-9]{1,2}", token)]
 
 
 def test_answers_are_the_tokens_that_their_statements_had(
@@ -118,20 +153,25 @@ def test_chat_template_renders_the_documented_format(tokenizer: PreTrainedTokeni
     assert prompt == text + "<|assistant|>"
 
 
-def test_rows_are_what_the_chat_template_gives(tokenizer: PreTrainedTokenizerFast, encoder: Encoder) -> None:
-    dialogue = draw_dialogue(8, num_facts=4, num_questions=1)
+@pytest.mark.parametrize("num_earlier", [0, 2])
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_rows_are_what_the_chat_template_gives(
+    tokenizer: PreTrainedTokenizerFast, encoder: Encoder, system: str | None, num_earlier: int
+) -> None:
+    dialogue = draw_dialogue(8, num_facts=4, num_questions=1, num_earlier=num_earlier, system=system)
     (question,) = dialogue.questions
-    messages = [
-        *dialogue.world.messages,
-        {"role": "user", "content": question.text},
-        {"role": "assistant", "content": question.answer},
-    ]
+    messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    messages += dialogue.world.messages
+    for one in (*dialogue.earlier, question):
+        messages += [{"role": "user", "content": one.text}, {"role": "assistant", "content": one.answer}]
     whole = tokenizer.apply_chat_template(messages, return_dict=False)
     prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
+    told = tokenizer.apply_chat_template(messages[:-2], return_dict=False)
     row = dialogue.row(encoder)
-    assert row.ids == whole
-    assert row.answers == [(len(prompt), len(whole))]
-    assert row.ids[: row.answers[0][0]] == prompt
+    (only,) = row.asked
+    assert row.shared == told
+    assert row.shared + only.ids == whole
+    assert row.shared + only.ids[: only.answer_start] == prompt
 
 
 @pytest.mark.parametrize("split", Split, ids=lambda split: split.value)
@@ -154,7 +194,7 @@ def test_saved_and_loaded_tokenizer_gives_the_same_tokens(
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     dialogue = draw_dialogue(9, num_facts=6, num_questions=8)
-    text = rendered(dialogue.world.messages) + "".join(asked(q) + answered(q) for q in dialogue.questions)
+    text = rendered(dialogue.messages) + "".join(asked(q) + answered(q) for q in dialogue.questions)
     assert plain_ids(loaded, text) == plain_ids(tokenizer, text)
     assert dialogue.row(Encoder(loaded)) == dialogue.row(Encoder(tokenizer))
     assert loaded.chat_template == tokenizer.chat_template

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -12,17 +13,18 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from examples.models import train_recall
+from examples.models.recall_training import curriculum
 from examples.models.recall_training.architectures import build_model
 from examples.models.recall_training.batches import Batch, Encoder
 from examples.models.recall_training.curriculum import WINDOW, Progress
 from examples.models.recall_training.evaluation import token_logits
 from examples.models.train_recall import Trainer, make_optimizers
+from tests.unit.recall_training.plain import Dialogue
 
 
-def arguments(out: Path) -> argparse.Namespace:
-    return argparse.Namespace(
-        out=out, steps=1000, minutes=1000.0, echo_weight=0.3, log_every=10**9, muon_lr=0.02, lr=3e-3
-    )
+def arguments(out: Path, **others: object) -> argparse.Namespace:
+    settings = {"steps": 1000, "minutes": math.inf, "echo_weight": 0.3, "log_every": 10**9}
+    return argparse.Namespace(out=out, **(settings | {"muon_lr": 0.02, "lr": 3e-3} | others))
 
 
 class Gradients(torch.optim.SGD):
@@ -113,6 +115,44 @@ def test_saved_progress_passes_its_level_at_the_step_of_an_unbroken_run(
     found += [second.progress.record(matches) for matches in steps[num_steps:]]
     assert found == expected
     assert second.progress == unbroken
+
+
+def test_run_that_goes_on_from_its_checkpoint_ends_as_the_unbroken_one(
+    encoder: Encoder, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(curriculum, "WINDOW", 3)
+    monkeypatch.setattr(curriculum, "PASS_SHARE", 0.0)  # levels pass after steps 3 and 6
+    monkeypatch.setattr(Trainer, "report", lambda trainer: None)
+    args = arguments(tmp_path, steps=7, eval_every=4, seed=5, tokens=300, workers=0)
+
+    def trainer() -> Trainer:
+        model = tiny_model(tokenizer)
+        return Trainer(args=args, encoder=encoder, model=model, optimizers=make_optimizers(model, args))
+
+    unbroken, resumed = trainer(), trainer()
+    unbroken.run()
+    resumed.resume()
+    assert (resumed.step, resumed.progress.level) == (4, 1)
+    resumed.run()
+    assert unbroken.progress.level == 2
+    assert resumed.progress == unbroken.progress
+    assert (resumed.step, resumed.num_tokens) == (unbroken.step, unbroken.num_tokens)
+    for one, other in zip(unbroken.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_tokens_are_counted_without_padding(
+    encoder: Encoder,
+    tokenizer: PreTrainedTokenizerFast,
+    batch: Batch,
+    dialogues: list[Dialogue],
+    tmp_path: Path,
+) -> None:
+    args, model = arguments(tmp_path), tiny_model(tokenizer)
+    trainer = Trainer(args=args, encoder=encoder, model=model, optimizers=make_optimizers(model, args))
+    trainer._train_on(batch)
+    rows = [dialogue.row(encoder) for dialogue in dialogues]
+    assert trainer.num_tokens == sum(len(row.shared) + sum(len(one.ids) for one in row.asked) for row in rows)
 
 
 def test_without_a_checkpoint_training_begins_at_the_first_level(
