@@ -18,22 +18,26 @@ _TOKENS_PER_BATCH = 16_384
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Encoded:
-    """One text: its token ids, and before RoPE its keys [L, T, K, D] and queries [L, T, H, D]."""
+    """One text: its token ids, and before RoPE its keys [L, T, K, D] and queries [L, T, H, D].
+
+    ``queries`` is empty where none were asked for.
+    """
 
     token_ids: list[int]
     keys: Tensor
     queries: Tensor
 
 
-def encode(model: PreTrainedModel, texts: Sequence[list[int]]) -> list[Encoded]:
+def encode(model: PreTrainedModel, texts: Sequence[list[int]], *, with_queries: bool = True) -> list[Encoded]:
     """Every text computed alone, as a turn captured at the start of a session."""
     seen: dict[tuple[str, int], Tensor] = {}
     hooks = [hook for index, layer in enumerate(model.model.layers) for hook in _watch(layer, index, seen)]
     found: list[Encoded | None] = [None] * len(texts)
     try:
         for batch in _batches(texts):
-            for at, encoded in zip(batch, _encode_batch(model, [texts[i] for i in batch], seen), strict=True):
-                found[at] = encoded
+            encoded = _encode_batch(model, [texts[i] for i in batch], seen, with_queries)
+            for at, one in zip(batch, encoded, strict=True):
+                found[at] = one
     finally:
         for hook in hooks:
             hook.remove()
@@ -51,16 +55,21 @@ def _batches(texts: Sequence[list[int]]) -> list[list[int]]:
 
 
 def _encode_batch(
-    model: PreTrainedModel, texts: Sequence[list[int]], seen: dict[tuple[str, int], Tensor]
+    model: PreTrainedModel,
+    texts: Sequence[list[int]],
+    seen: dict[tuple[str, int], Tensor],
+    with_queries: bool,
 ) -> list[Encoded]:
     longest = max(len(ids) for ids in texts)
     ids_BT = torch.tensor([ids + [0] * (longest - len(ids)) for ids in texts])
     # Padding stands behind the text, where causal attention does not see it.
     with torch.inference_mode():
         model.model(input_ids=ids_BT.to(model.device), use_cache=False)
-    num_layers = model.config.num_hidden_layers
-    keys_LBTKD = torch.stack([seen["k", index] for index in range(num_layers)])
-    queries_LBTHD = torch.stack([seen["q", index] for index in range(num_layers)])
+    layers = range(model.config.num_hidden_layers)
+    keys_LBTKD = torch.stack([seen["k", index] for index in layers])
+    queries_LBTHD = torch.stack([seen["q", index] for index in layers])
+    if not with_queries:
+        queries_LBTHD = queries_LBTHD[:, :, :, :0]
     return [
         Encoded(
             token_ids=ids,

@@ -26,6 +26,7 @@ from examples.models.recall_training.architectures import build_model
 from examples.models.recall_training.batches import Batch, Encoder
 from examples.models.recall_training.curriculum import LEVELS, Batches, Progress, Source
 from examples.models.recall_training.evaluation import by_group, evaluate, exact_matches, token_logits
+from examples.models.recall_training.induction import plant_induction_head
 from examples.models.recall_training.tokens import train_tokenizer
 
 CHECKPOINT = "checkpoint.pt"
@@ -219,6 +220,7 @@ def make_trainer(args: argparse.Namespace) -> Trainer:
         tokenizer = train_tokenizer(args.vocab)
         tokenizer.save_pretrained(args.out)
     model = build_model(args.family, tokenizer, layers=args.layers, width=args.width, mlp=args.mlp)
+    plant_induction_head(model, torch.Generator().manual_seed(args.seed))
     model.to("cuda" if is_gpu() else "cpu")
     trainer = Trainer(
         args=args, encoder=Encoder(tokenizer), model=model, optimizers=make_optimizers(model, args)
@@ -243,7 +245,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--mlp", type=int, default=512)
     parser.add_argument("--muon-lr", type=float, default=0.01)
     parser.add_argument("--lr", type=float, default=3e-3, help="of embeddings and norms")
-    parser.add_argument("--echo-weight", type=float, default=0.3, help="of names copied into questions")
+    parser.add_argument("--echo-weight", type=float, default=0.5, help="of what is only copied")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--workers", type=int, default=0, help="processes that make batches")
     parser.add_argument("--log-every", type=int, default=50)

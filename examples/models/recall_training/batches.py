@@ -34,7 +34,7 @@ class Asked:
     ids: list[int]
     answer_start: int
     echoes: list[int]
-    question: Question
+    question: Question | None  # None: nothing is answered, all is echo
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +119,19 @@ class Encoder:
         ]
         return Row(shared=shared, asked=asked)
 
+    def recitation(self, num_shared: int, spans: Sequence[int], rng: random.Random) -> Row:
+        """Tokens in random order, and spans of them, as long as given, to be said again.
+
+        Where all is random only copying helps, and it helps everywhere: names and numbers need it.
+        """
+        shared = rng.sample(range(len(self._special), self._bpe.get_vocab_size()), num_shared)
+        asked = []
+        for size in spans:
+            start = rng.randrange(max(1, num_shared - size))
+            ids = shared[start : start + size]
+            asked.append(Asked(ids=ids, answer_start=size, echoes=list(range(1, len(ids))), question=None))
+        return Row(shared=shared, asked=asked)
+
     def _asked(
         self, question: Question, text: list[int], answer: list[int], told: set[tuple[int, int]]
     ) -> Asked:
@@ -158,10 +171,11 @@ def collate(rows: Sequence[Row], pad_id: int) -> Batch:
             positions_BT[b, start : start + size] = torch.arange(num_shared, num_shared + size)
             owners_BX[b, place : place + size] = number
             first = b * (F + N * L) + start
-            predicted += range(first + one.answer_start, first + size)
-            answer_ids += [len(questions)] * (size - one.answer_start)
             echoes += [first + at for at in one.echoes]
-            questions.append(one.question)
+            if one.question is not None:
+                predicted += range(first + one.answer_start, first + size)
+                answer_ids += [len(questions)] * (size - one.answer_start)
+                questions.append(one.question)
     return Batch(
         ids_BT=ids_BT,
         positions_BT=positions_BT,

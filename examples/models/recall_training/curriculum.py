@@ -22,6 +22,7 @@ _LARGE = 14  # levels from here on have twice the tokens in a step: their dialog
 _MAX_CONTEXT = 2048
 _MAX_QUESTIONS = 48
 _MOST_SHARE = 0.4  # batches of as many facts as the level allows; the others' numbers are log-uniform
+_RECITED_SHARE = 0.2  # rows of a batch, the first left out, that are recited instead
 _SYSTEM_SHARE = 0.15
 _EARLIER_SHARE = 0.15  # dialogues in which some questions were answered before
 _MAX_EARLIER = 6
@@ -90,7 +91,10 @@ class Batches(IterableDataset[Batch]):
         size = 0
         wanted = self._source.tokens_per_step * (2 if most >= _LARGE else 1)
         while not rows or size + size // len(rows) <= wanted:
-            rows.append(self._row(shape, rng))
+            row = self._row(shape, rng)
+            if rows and rng.random() < _RECITED_SHARE:
+                row = self._encoder.recitation(len(row.shared), [len(one.ids) for one in row.asked], rng)
+            rows.append(row)
             size += len(rows[-1].shared) + sum(len(one.ids) for one in rows[-1].asked)
         return collate(rows, self._encoder.pad_id)
 

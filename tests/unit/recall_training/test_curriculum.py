@@ -142,6 +142,7 @@ def test_dialogues_that_are_too_long_are_drawn_again_with_fewer_facts(
 ) -> None:
     longest = 300
     monkeypatch.setattr(curriculum, "_MAX_CONTEXT", longest)
+    monkeypatch.setattr(curriculum, "_RECITED_SHARE", 0.0)
     source = Source(seed=1, level=5, tokens_per_step=1500)
     batches = list(Batches(recorder, source, range(8)))
     lengths = [max(len(told.row.shared) + len(one.ids) for one in told.row.asked) for told in recorder.told]
@@ -150,6 +151,16 @@ def test_dialogues_that_are_too_long_are_drawn_again_with_fewer_facts(
     assert kept
     questions = [one.question for row in kept for one in row.asked]
     assert questions == [question for batch in batches for question in batch.questions]
+
+
+def test_some_dialogues_are_recited_instead_but_never_all(encoder: Encoder) -> None:
+    num_rows = num_recited = 0
+    for batch in Batches(encoder, Source(seed=7, level=1, tokens_per_step=2048), range(60)):
+        told = {int(b) for b in (batch.predicted_W // batch.ids_BT.shape[1]).unique()}
+        assert 0 in told
+        num_rows += len(batch.ids_BT)
+        num_recited += len(batch.ids_BT) - len(told)
+    assert num_recited / (num_rows - 60) == pytest.approx(0.2, abs=0.04)
 
 
 @pytest.mark.parametrize("level", [0, 4, len(LEVELS) - 1])
