@@ -25,36 +25,43 @@ REPLY = "I will remember that."
 # agent -> sessions -> what its user told it, one turn per sentence
 LESSONS = {
     "planner": [
-        "Project Falcon runs in Oslo. Project Nimbus runs in Kyoto. Project Titan runs in Lima. Project "
-        "Orion runs in Quito. Project Delta runs in Rome. Project Ember runs in Delhi.",
-        "The access code of project Lotus is tango. The access code of project Quartz is river. The access "
-        "code of project Matrix is amber. The access code of project Zephyr is pearl.",
-        "Mara works as a pilot. Kofi works as a chemist. Tara works as a judge. Emil works as a baker. Yuri "
-        "works as a poet. Nils works as a tailor. Dora works as a coach. Gus works as a miner.",
+        "Project Golden Flame takes place in Port Hudson. Project Silent Comet takes place in Lake Eden. "
+        "Project Iron Panther takes place in Cape Marlow. Project Misty Harvest takes place in Fort Dover. "
+        "Project Lunar Island takes place in New Sutton.",
+        "The access code of project Golden Flame is tango. The access code of project Silent Comet is "
+        "pepper. The access code of project Iron Panther is walrus. The access code of project Misty Harvest "
+        "is domino.",
+        "The budget of project Golden Flame is 45600 dollars. Project Silent Comet may spend 81200 dollars. "
+        "The budget of project Iron Panther is 23900 dollars.",
+        "Vera Khan leads project Golden Flame. The lead of project Silent Comet is Hugo Thomsen. "
+        "Project Iron Panther is led by Nina Okafor. Otto Flores leads project Lunar Island.",
     ],
     "researcher": [
-        "Hugo lives in Paris. Vera lives in Boston. Cara lives in Seoul. Otto lives in Hanoi. Sven lives in "
-        "Porto. Pia lives in Cairo. Theo lives in Turin. Uma lives in Tunis.",
-        "Rosa has a parrot at home. Finn has a goat at home. Hana has a turtle at home. Ivan has a rabbit at "
-        "home. Zane has a duck at home.",
-        "Lena loves to eat mango. Amir loves to eat pasta. Cleo loves to eat figs. Jude loves to eat soup.",
-        "The favorite color of Omar is teal. The favorite color of Zoe is green. The favorite color of Liam "
-        "is pink. The favorite color of Wren is gold. The favorite color of Iris is cyan.",
+        "Hugo Thomsen lives in Paris. Vera Khan lives in Boston. Clara Mueller lives in Seoul. "
+        "Otto Flores lives in Hanoi. Nina Okafor lives in Porto. Sven Chandra lives in Cairo. "
+        "Tessa Novak lives in Turin.",
+        "Rosa Bishop has a parrot at home. Felix Bianchi has a goat at home. Hanna Maas has a turtle at "
+        "home. Ivan Pereira has a rabbit at home. Zara Meyer has a duck at home.",
+        "The badge number of Lena Holm is 4271. The badge number of Amir Horvat is 9038. "
+        "The office of Cora Soto is room 615. The office of Joel Vargas is room 207.",
+        "Mara Dubois works as a pilot. Kofi Atwood works as a chemist. Kofi Gomez works as a judge. "
+        "Emil Fenwick works as a baker. Nils Roth works as a tailor. Dora Adler works as a welder.",
+        "Hugo Thomsen moved to Dublin. The new office of Joel Vargas is room 940.",
     ],
 }
 QUESTIONS = [
-    ("Where does project Falcon run?", "Oslo"),
-    ("Where does project Orion run?", "Quito"),
-    ("What is the access code of project Lotus?", "tango"),
-    ("What does Mara do for work?", "pilot"),
-    ("What does Nils do for work?", "tailor"),
-    ("Where does Hugo live?", "Paris"),
-    ("Where does Theo live?", "Turin"),
-    ("What pet does Rosa have?", "parrot"),
-    ("What pet does Ivan have?", "rabbit"),
-    ("What does Lena love to eat?", "mango"),
-    ("What is the favorite color of Omar?", "teal"),
-    ("What is the favorite color of Iris?", "cyan"),
+    ("Where does project Misty Harvest take place?", "Fort Dover"),
+    ("What is the password of project Iron Panther?", "walrus"),
+    ("How much may project Golden Flame spend?", "45600"),
+    ("Who leads project Silent Comet?", "Hugo Thomsen"),
+    ("Where does Hugo Thomsen live?", "Dublin"),
+    ("Where does Otto Flores live?", "Hanoi"),
+    ("What pet does Felix Bianchi have?", "goat"),
+    ("Which animal belongs to Ivan Pereira?", "rabbit"),
+    ("Which badge does Amir Horvat wear?", "9038"),
+    ("In which room does Joel Vargas sit?", "940"),
+    ("What does Kofi Gomez do for work?", "judge"),
+    ("What is the profession of Nils Roth?", "tailor"),
 ]
 
 
@@ -128,14 +135,14 @@ def ask(store: Path) -> None:
         say(f"  the analyst is asked {len(QUESTIONS)} questions, {len(ways)} ways each\n")
         results: dict[str, list[Result]] = {name: [] for name in ways}
         hits = dict.fromkeys(ways, 0)
-        say(f"  {'question':<43}{'right':<9}" + "".join(f"{name:<24}" for name in ways))
+        say(f"  {'question':<46}{'right':<14}" + "".join(f"{name:<24}" for name in ways))
         for question, right in QUESTIONS:
-            row = f"  {question:<43}{right:<9}"
+            row = f"  {question:<46}{right:<14}"
             for name, way in ways.items():
                 result = way(question)
                 results[name].append(result)
                 hits[name] += (known := right.lower() in result.text.lower())
-                row += f"{('+ ' if known else '- ') + result.text:<24}"
+                row += f"{('+ ' if known else '- ') + result.text:<24.22}"
             say(row)
         say("")
         print_totals(hits, results)
@@ -143,7 +150,7 @@ def ask(store: Path) -> None:
 
 def print_totals(hits: dict[str, int], results: dict[str, list[Result]]) -> None:
     def line(title: str, values: Iterable[str]) -> None:
-        say(f"  {title:<52}" + "".join(f"{value:<24}" for value in values))
+        say(f"  {title:<60}" + "".join(f"{value:<24}" for value in values))
 
     columns = results.values()
     exact = [sum(result.reuse.exact for result in column) for column in columns]

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 Backend = Literal["auto", "gpu", "cpu"]
 
-BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "examples" / "models" / "recall-3m"
+BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "examples" / "models" / "recall"
 
 # GPU memory for hot chunks when the backend is a GPU; settings={"device_bytes": ...} overrides it.
 DEVICE_BYTES = 1 << 30

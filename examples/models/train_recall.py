@@ -33,7 +33,7 @@ CHECKPOINT = "checkpoint.pt"
 EVAL_FACTS = (1, 3, 8, 20)
 TEST_FACTS = (1, 3, 8, 20, 40, 80)
 WARMUP_STEPS = 30
-DESCENT_SHARE = 0.4  # of the run, at its end, over which the learning rate falls
+DESCENT_SHARE = 0.8  # of the run, at its end, over which the learning rate falls
 LOWEST_FACTOR = 0.02
 
 
@@ -171,7 +171,7 @@ class Trainer:
                 f"test, {num_facts} facts: " + " ".join(f"{k} {v:.3f}" for k, v in groups.items()), flush=True
             )
         self.model.save_pretrained(out)
-        settings = {name: str(value) for name, value in vars(self.args).items()}
+        settings = {name: str(value) for name, value in vars(self.args).items() if name != "out"}
         record = {"settings": settings, "seconds": self.seconds, "num_tokens": self.num_tokens,
                   "steps": self.step, "last_level": LEVELS[self.progress.level], "device": device_name(),
                   "test": scores, "curve": self.curve}  # fmt: skip

@@ -15,6 +15,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.world import RELATIONS
+from examples.models.train_recall import DESCENT_SHARE
 
 _FAMILIES = {"llama": "Llama", "qwen3": "Qwen3 (q/k norm, other RoPE base)"}
 _COLUMNS = ("3", "8", "20", "40", "80")
@@ -59,6 +60,8 @@ def write_card(folder: Path) -> None:
         lr=settings["lr"],
         echo_weight=settings["echo_weight"],
         seed=settings["seed"],
+        descent=100 * DESCENT_SHARE,
+        notes=training.get("notes", ""),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
     _draw(training["curve"], accuracy["facts"], folder / "curves.png")

@@ -7,13 +7,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import DynamicCache
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, rotate_half
+
 from kv_agent.chunks import ChunkKey, ChunkRecord, TurnId
 from kv_agent.engines.base import Call, Completion
 from kv_agent.engines.vllm_local import VllmEngine
 from kv_agent.storage.catalog import Catalog
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-RECALL_MODEL = REPOSITORY / "examples" / "models" / "recall-3m"
+RECALL_MODEL = REPOSITORY / "examples" / "models" / "recall"
 _STORIES = REPOSITORY.parent / "shared" / "models" / "stories260K-hd32"
 
 # Real English weights where they are at hand; their licence keeps them out of the repository.
@@ -132,3 +136,31 @@ def max_logprob_difference(one: Completion, other: Completion) -> float:
 
 def refusals(completion: Completion) -> dict[ChunkKey, str]:
     return {ChunkKey(refused.chunk_id): refused.reason for refused in completion.reuse.refused}
+
+
+def assembled_logprobs(
+    model: torch.nn.Module, chunks: Sequence[ChunkRecord], fresh: Sequence[int], generated: Sequence[int]
+) -> torch.Tensor:
+    """Log-probabilities behind chunks that were each computed alone and then moved into place."""
+    cache = DynamicCache(config=model.config)
+    position = 0
+    for chunk in chunks:
+        alone = DynamicCache(config=model.config)
+        ids = torch.tensor([chunk.token_ids])
+        with torch.no_grad():
+            model(ids, past_key_values=alone, use_cache=True)
+        old = torch.arange(ids.shape[1])[None]
+        new = old + position
+        for index, layer in enumerate(alone.layers):
+            cos, sin = model.model.rotary_emb(layer.keys, old)
+            bare = layer.keys * cos[:, None] - rotate_half(layer.keys) * sin[:, None]
+            bare = bare / (cos**2 + sin**2)[:, None]
+            cos, sin = model.model.rotary_emb(layer.keys, new)
+            moved, _ = apply_rotary_pos_emb(bare, bare, cos, sin)
+            cache.update(moved, layer.values, index)
+        position += ids.shape[1]
+    ids = torch.tensor([[*fresh, *generated]])
+    with torch.no_grad():
+        positions = torch.arange(position, position + ids.shape[1])[None]
+        logits = model(ids, past_key_values=cache, position_ids=positions, use_cache=True).logits[0]
+    return logits[len(fresh) - 1 : -1].log_softmax(-1)

@@ -7,8 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, rotate_half
+from transformers import AutoModelForCausalLM
 
 from kv_agent.chunks import ChunkRecord
 from kv_agent.engines.vllm_local import VllmEngine
@@ -33,34 +32,6 @@ def reference() -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(support.EXACTNESS_MODEL, dtype=torch.float32).eval()
 
 
-def assembled_logprobs(
-    model: torch.nn.Module, chunks: Sequence[ChunkRecord], fresh: Sequence[int], generated: Sequence[int]
-) -> torch.Tensor:
-    """Log-probabilities behind chunks that were each computed alone and then moved into place."""
-    cache = DynamicCache(config=model.config)
-    position = 0
-    for chunk in chunks:
-        alone = DynamicCache(config=model.config)
-        ids = torch.tensor([chunk.token_ids])
-        with torch.no_grad():
-            model(ids, past_key_values=alone, use_cache=True)
-        old = torch.arange(ids.shape[1])[None]
-        new = old + position
-        for index, layer in enumerate(alone.layers):
-            cos, sin = model.model.rotary_emb(layer.keys, old)
-            bare = layer.keys * cos[:, None] - rotate_half(layer.keys) * sin[:, None]
-            bare = bare / (cos**2 + sin**2)[:, None]
-            cos, sin = model.model.rotary_emb(layer.keys, new)
-            moved, _ = apply_rotary_pos_emb(bare, bare, cos, sin)
-            cache.update(moved, layer.values, index)
-        position += ids.shape[1]
-    ids = torch.tensor([[*fresh, *generated]])
-    with torch.no_grad():
-        positions = torch.arange(position, position + ids.shape[1])[None]
-        logits = model(ids, past_key_values=cache, position_ids=positions, use_cache=True).logits[0]
-    return logits[len(fresh) - 1 : -1].log_softmax(-1)
-
-
 def test_moved_chunks_answer_like_the_same_kv_assembled_in_transformers(
     engine: VllmEngine, turns: list[ChunkRecord], reference: torch.nn.Module
 ) -> None:
@@ -75,7 +46,7 @@ def test_moved_chunks_answer_like_the_same_kv_assembled_in_transformers(
     assert answer.reuse.exact == turns[1].num_tokens
     assert answer.reuse.adapted == turns[0].num_tokens
     assert answer.reuse.computed == len(fresh)
-    expected = assembled_logprobs(reference, order, fresh, answer.token_ids)
+    expected = support.assembled_logprobs(reference, order, fresh, answer.token_ids)
     assert tuple(expected.argmax(-1).tolist()) == answer.token_ids
     worst = max(
         abs(value - expected[step, token].item())
@@ -130,7 +101,7 @@ def test_a_chunk_lands_right_at_any_token_offset(
     assert (answer.reuse.exact, answer.reuse.adapted) == (shift, 50)
     # The lead is one sequence, however many chunks it was cut into.
     whole = [_joined(before), *moved]
-    expected = assembled_logprobs(reference, whole, fresh, answer.token_ids)
+    expected = support.assembled_logprobs(reference, whole, fresh, answer.token_ids)
     worst = max(
         abs(value - expected[step, token].item())
         for step, logprobs in enumerate(answer.logprobs)

@@ -72,15 +72,15 @@ def manager(recall_engine: SharedEngine, store: Path) -> Iterator[CacheManager]:
 
 def test_a_stored_turn_is_found_at_once_with_everything_about_it(manager: CacheManager) -> None:
     memory = AgentMemory(manager, user_id="alice", agent_id="helper", session_id="monday")
-    turn_id = memory.store("Mara lives in Oslo.", REPLY, metadata={"source": "chat"})
+    turn_id = memory.store("Mara Dubois lives in Oslo.", REPLY, metadata={"source": "chat"})
 
-    (hit,) = memory.retrieve("Where does Mara live?", top_k=5)
+    (hit,) = memory.retrieve("Where does Mara Dubois live?", top_k=5)
 
     assert hit.id == turn_id
-    assert hit.text == f"Mara lives in Oslo.\n{REPLY}"
+    assert hit.text == f"Mara Dubois lives in Oslo.\n{REPLY}"
     assert hit.scope == Scope(user_id="alice", agent_id="helper", session_id="monday")
     assert hit.metadata == {"source": "chat"}
-    assert hit.tokens == len(manager.prompts.turn("Mara lives in Oslo.", REPLY))
+    assert hit.tokens == len(manager.prompts.turn("Mara Dubois lives in Oslo.", REPLY))
     assert len(hit.chunk_ids) == 1
     assert memory.get(hit.id) is not None
     assert [m.id for m in memory.list()] == [hit.id]
@@ -88,10 +88,10 @@ def test_a_stored_turn_is_found_at_once_with_everything_about_it(manager: CacheM
 
 def test_memory_turns_a_wrong_answer_into_the_right_one(manager: CacheManager) -> None:
     memory = AgentMemory(manager, user_id="bob")
-    question = "What pet does Rosa have?"
+    question = "What pet does Rosa Bishop have?"
     before = memory.generate(question, max_tokens=8, store=False)
-    memory.store("Hugo works as a pilot.", REPLY)
-    memory.store("Rosa has a parrot at home.", REPLY)
+    memory.store("Hugo Thomsen works as a pilot.", REPLY)
+    memory.store("Rosa Bishop has a parrot at home.", REPLY)
 
     after = memory.generate(question, max_tokens=8, store=False)
 
@@ -99,8 +99,8 @@ def test_memory_turns_a_wrong_answer_into_the_right_one(manager: CacheManager) -
     assert before.reuse.exact == before.reuse.adapted == 0
     assert after.text == "parrot."
     assert {m.text.split("\n")[0] for m in after.memories} == {
-        "Hugo works as a pilot.",
-        "Rosa has a parrot at home.",
+        "Hugo Thomsen works as a pilot.",
+        "Rosa Bishop has a parrot at home.",
     }
     assert after.reuse.exact + after.reuse.adapted == sum(m.tokens for m in after.memories)
     assert after.reuse.computed == len(manager.prompts.fresh(question).token_ids)
@@ -112,7 +112,20 @@ def test_moved_memories_answer_like_the_same_text_computed(
     manager: CacheManager, record_property: pytest.RecordProperty
 ) -> None:
     memory = AgentMemory(manager, user_id="trent")
-    people = ["Mara", "Kofi", "Tara", "Emil", "Yuri", "Nils", "Dora", "Gus", "Hugo", "Vera", "Cara", "Otto"]
+    people = [
+        "Mara Dubois",
+        "Kofi Atwood",
+        "Tamar Vogel",
+        "Emil Fenwick",
+        "Yusuf Khan",
+        "Nils Roth",
+        "Dorian Adler",
+        "Gustav Weber",
+        "Hugo Thomsen",
+        "Vera Khan",
+        "Carla Porter",
+        "Otto Flores",
+    ]
     cities = [
         "Oslo",
         "Kyoto",
@@ -121,7 +134,7 @@ def test_moved_memories_answer_like_the_same_text_computed(
         "Rome",
         "Delhi",
         "Dakar",
-        "Perth",
+        "Leeds",
         "Paris",
         "Seoul",
         "Hanoi",
@@ -147,8 +160,8 @@ def test_moved_memories_answer_like_the_same_text_computed(
 
 
 def test_users_and_namespaces_never_see_each_other(manager: CacheManager) -> None:
-    AgentMemory(manager, user_id="carol").store("Project Titan runs in Lima.", REPLY)
-    question = "Where does project Titan run?"
+    AgentMemory(manager, user_id="carol").store("Project Silent Titan takes place in Lake Eden.", REPLY)
+    question = "Where does project Silent Titan take place?"
 
     for other in (
         AgentMemory(manager, user_id="dave"),
@@ -156,22 +169,22 @@ def test_users_and_namespaces_never_see_each_other(manager: CacheManager) -> Non
     ):
         assert other.retrieve(question) == []
         assert other.list() == []
-        assert "Lima" not in other.generate(question, max_tokens=8, store=False).text
+        assert "Eden" not in other.generate(question, max_tokens=8, store=False).text
 
 
 def test_share_says_how_far_a_memory_reads(manager: CacheManager) -> None:
     scope = {"user_id": "erin"}
-    AgentMemory(manager, agent_id="one", session_id="a", **scope).store("Vera lives in Boston.", REPLY)
-    AgentMemory(manager, agent_id="two", session_id="b", **scope).store("Kofi lives in Riga.", REPLY)
+    AgentMemory(manager, agent_id="one", session_id="a", **scope).store("Vera Khan lives in Boston.", REPLY)
+    AgentMemory(manager, agent_id="two", session_id="b", **scope).store("Kofi Atwood lives in Riga.", REPLY)
 
     def seen(**options: str) -> set[str]:
         memory = AgentMemory(manager, **scope, **options)
         return {m.text.split("\n")[0] for m in memory.retrieve("Who lives where?")}
 
-    both = {"Vera lives in Boston.", "Kofi lives in Riga."}
+    both = {"Vera Khan lives in Boston.", "Kofi Atwood lives in Riga."}
     assert seen(agent_id="three") == both
-    assert seen(agent_id="one", share="agent") == {"Vera lives in Boston."}
-    assert seen(agent_id="two", session_id="b", share="session") == {"Kofi lives in Riga."}
+    assert seen(agent_id="one", share="agent") == {"Vera Khan lives in Boston."}
+    assert seen(agent_id="two", session_id="b", share="session") == {"Kofi Atwood lives in Riga."}
     assert seen(agent_id="two", session_id="c", share="session") == set()
     with pytest.raises(ConfigError, match="needs agent_id"):
         AgentMemory(manager, share="agent")
@@ -179,11 +192,11 @@ def test_share_says_how_far_a_memory_reads(manager: CacheManager) -> None:
 
 def test_storing_the_same_turn_twice_is_one_memory(manager: CacheManager, store: Path) -> None:
     memory = AgentMemory(manager, user_id="frank")
-    memory.store("Zoe has a goat at home.", REPLY)
+    memory.store("Zoe Nagy has a goat at home.", REPLY)
     manager.wait_durable()
     blobs = set(store.glob("blobs/*/*"))
 
-    memory.store("Zoe has a goat at home.", REPLY)
+    memory.store("Zoe Nagy has a goat at home.", REPLY)
 
     assert len(memory.list()) == 1
     assert set(store.glob("blobs/*/*")) == blobs
@@ -191,8 +204,8 @@ def test_storing_the_same_turn_twice_is_one_memory(manager: CacheManager, store:
 
 def test_what_is_forgotten_is_gone_from_answers_and_disk(manager: CacheManager, store: Path) -> None:
     memory = AgentMemory(manager, user_id="grace")
-    memory.store("Lena loves to eat mango.", REPLY)
-    question = "What does Lena love to eat?"
+    memory.store("Lena Holm loves to eat mango.", REPLY)
+    question = "What does Lena Holm love to eat?"
     assert memory.generate(question, max_tokens=8, store=False).text == "mango."
     (found,) = memory.list()
     blob = store / manager.chunk_records(found.chunk_ids)[found.chunk_ids[0]].blob
@@ -208,23 +221,23 @@ def test_what_is_forgotten_is_gone_from_answers_and_disk(manager: CacheManager, 
 
 def test_a_question_and_its_answer_become_a_memory_by_default(manager: CacheManager) -> None:
     memory = AgentMemory(manager, user_id="ivan")
-    memory.store("Emil lives in Quito.", REPLY)
+    memory.store("Emil Fenwick lives in Quito.", REPLY)
 
-    answer = memory.generate("Where does Emil live?", max_tokens=8)
+    answer = memory.generate("Where does Emil Fenwick live?", max_tokens=8)
 
     assert answer.text == "Quito."
     assert answer.turn_id is not None
     newest = memory.list()[0]
     assert newest.id == answer.turn_id
-    assert newest.text == "Where does Emil live?\nQuito."
+    assert newest.text == "Where does Emil Fenwick live?\nQuito."
 
 
 def test_a_system_prompt_is_stored_once_placed_exactly_and_never_found(manager: CacheManager) -> None:
     memory = AgentMemory(manager, user_id="judy", system_prompt="Be brief.")
-    memory.store("Omar works as a chemist.", REPLY)
-    memory.store("Tara works as a judge.", REPLY)
+    memory.store("Omar Reyes works as a chemist.", REPLY)
+    memory.store("Tamar Vogel works as a judge.", REPLY)
 
-    answer = memory.generate("What does Omar do for work?", top_k=2, max_tokens=8, store=False)
+    answer = memory.generate("What does Omar Reyes do for work?", top_k=2, max_tokens=8, store=False)
 
     prefix = len(manager.prompts.prefix("Be brief."))
     assert prefix > 0
@@ -238,9 +251,9 @@ def test_a_system_prompt_is_stored_once_placed_exactly_and_never_found(manager: 
 def test_a_system_prompt_longer_than_a_chunk_is_placed_chunk_by_chunk(manager: CacheManager) -> None:
     system_prompt = "Be brief. " * 60
     memory = AgentMemory(manager, user_id="sybil", system_prompt=system_prompt)
-    memory.store("Yana has a duck at home.", REPLY)
+    memory.store("Yara Lopez has a duck at home.", REPLY)
 
-    answer = memory.generate("What pet does Yana have?", max_tokens=8, store=False)
+    answer = memory.generate("What pet does Yara Lopez have?", max_tokens=8, store=False)
 
     prefix = len(manager.prompts.prefix(system_prompt))
     assert prefix > 256
@@ -254,16 +267,16 @@ def test_a_new_manager_on_the_same_store_finds_what_the_old_one_stored(
 ) -> None:
     with CacheManager(recall_engine, store=store) as first:
         memory = AgentMemory(first, user_id="ken")
-        memory.store("Project Raven runs in Dakar.", REPLY)
-        assert len(memory.retrieve("Where does project Raven run?")) == 1
+        memory.store("Project Noble Raven takes place in Fort Dover.", REPLY)
+        assert len(memory.retrieve("Where does project Noble Raven take place?")) == 1
     assert list(store.glob("index/*")), "closing leaves a snapshot of the index"
 
     with CacheManager(recall_engine, store=store) as second:
         answer = AgentMemory(second, user_id="ken").generate(
-            "Where does project Raven run?", max_tokens=8, store=False
+            "Where does project Noble Raven take place?", max_tokens=8, store=False
         )
 
-    assert answer.text == "Dakar."
+    assert answer.text == "Fort Dover."
 
 
 def test_closing_waits_until_everything_is_on_disk(recall_engine: SharedEngine, store: Path) -> None:
@@ -285,8 +298,8 @@ def test_closing_waits_until_everything_is_on_disk(recall_engine: SharedEngine, 
 def test_store_kv_without_a_scope_needs_to_know_the_user(recall_engine: SharedEngine, store: Path) -> None:
     with CacheManager(recall_engine, store=store) as manager:
         mine = AgentMemory(manager, user_id="mallory")
-        manager.store_kv("Pia lives in Hanoi.", REPLY)
-        assert [m.text.split("\n")[0] for m in mine.list()] == ["Pia lives in Hanoi."]
+        manager.store_kv("Pia Russo lives in Hanoi.", REPLY)
+        assert [m.text.split("\n")[0] for m in mine.list()] == ["Pia Russo lives in Hanoi."]
         AgentMemory(manager, user_id="niaj")
         with pytest.raises(ConfigError, match="several users"):
             manager.store_kv("Whose is this?", "Nobody knows.")
@@ -318,7 +331,7 @@ def test_memories_that_do_not_fit_are_left_out_worst_first(manager: CacheManager
 
 
 def test_a_probe_returns_the_mean_of_the_models_own_keys(manager: CacheManager) -> None:
-    token_ids = manager.prompts.fresh("Where does Mara live?").token_ids
+    token_ids = manager.prompts.fresh("Where does Mara Dubois live?").token_ids
     start, end = 2, len(token_ids) - 1
     completion = manager.run(
         Call(
@@ -331,10 +344,10 @@ def test_a_probe_returns_the_mean_of_the_models_own_keys(manager: CacheManager) 
 
     model = AutoModelForCausalLM.from_pretrained(support.RECALL_MODEL, dtype=torch.float32).eval()
     keys: list[torch.Tensor] = []
-    hooks = [
-        layer.self_attn.k_proj.register_forward_hook(lambda _m, _i, out: keys.append(out[0]))
-        for layer in model.model.layers[:2]
-    ]
+    hooks = []
+    for layer in model.model.layers[:2]:
+        last = getattr(layer.self_attn, "k_norm", layer.self_attn.k_proj)  # what RoPE is applied to
+        hooks.append(last.register_forward_hook(lambda _m, _i, out: keys.append(out[0].flatten(1))))
     with torch.no_grad():
         model(torch.tensor([token_ids]))
     for hook in hooks:

@@ -62,7 +62,7 @@ class Model:
     def save(self, folder: Path) -> Path:
         torch.manual_seed(0)
         config = AutoConfig.for_model(
-            self.kind, vocab_size=1251, eos_token_id=3, pad_token_id=0, **self.config
+            self.kind, vocab_size=4096, eos_token_id=3, pad_token_id=0, **self.config
         )
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
         for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -29,11 +29,11 @@ START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 60.0
 SCOPE = {"user_id": "http"}
 FACTS = (
-    "<|user|>Lena lives in Oslo.<|end|><|assistant|>I will remember that.<|end|>"
+    "<|user|>Lena Holm lives in Oslo.<|end|><|assistant|>I will remember that.<|end|>"
     "<|user|>Ben works as a baker.<|end|><|assistant|>I will remember that.<|end|>"
-    "<|user|>Kira lives in Rome.<|end|><|assistant|>"
+    "<|user|>Kira Mazur lives in Rome.<|end|><|assistant|>"
 )
-QUESTION = "<|user|>Where does Lena live?<|end|><|assistant|>"
+QUESTION = "<|user|>Where does Lena Holm live?<|end|><|assistant|>"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,7 +177,8 @@ def test_a_plan_injects_stored_chunks_and_the_answer_is_the_computed_one(
     assert reuse["computed"] == len(conversation) - stored
     assert reuse["chunk_ids"] == [chunk.key for chunk in chunks]
     assert reuse["refused"] == []
-    assert injected["choices"][0]["text"] == computed["choices"][0]["text"] == "Oslo."
+    assert injected["choices"][0]["text"] == computed["choices"][0]["text"]
+    assert computed["choices"][0]["text"].strip() == "Oslo."
 
 
 def test_an_unknown_field_is_told_and_the_request_is_answered(server: Server) -> None:
@@ -199,7 +200,7 @@ def test_a_request_without_the_field_is_answered_without_it(server: Server) -> N
 def test_a_chat_with_a_scope_is_stored(server: Server, catalog: Catalog) -> None:
     body = server.post(
         "/v1/chat/completions",
-        messages=[{"role": "user", "content": "Otto has a cat at home."}],
+        messages=[{"role": "user", "content": "Otto Flores has a cat at home."}],
         max_tokens=8,
         temperature=0,
         kv_transfer_params={"kv_agent": {"scope": SCOPE, "metadata": {"source": "chat"}}},
@@ -210,7 +211,7 @@ def test_a_chat_with_a_scope_is_stored(server: Server, catalog: Catalog) -> None
     turn_id = TurnId(reuse["turn_id"])
     support.wait_stored(catalog, turn_id)
     turn = catalog.turns([turn_id])[turn_id]
-    assert "Otto has a cat at home." in turn.text
+    assert "Otto Flores has a cat at home." in turn.text
     assert turn.metadata == {"source": "chat"}
 
 

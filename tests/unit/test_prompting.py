@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from kv_agent.errors import ConfigError
 from kv_agent.prompting import ChatPrompts
 
-MODEL = Path(__file__).resolve().parents[2] / "examples" / "models" / "recall-3m"
+MODEL = Path(__file__).resolve().parents[2] / "examples" / "models" / "recall"
 
 BUNDLED = (MODEL / "chat_template.jinja").read_text()
 
@@ -97,6 +98,10 @@ GROWN_TOGETHER = """
 
 def with_template(template: str | None) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    # The bundled model's puts a space before each message; here text and tokens shall correspond exactly.
+    backend = tokenizer.backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = template
     return tokenizer
@@ -304,3 +309,11 @@ def test_without_a_template_the_prefix_begins_with_the_model_s_first_token() -> 
     assert prefix[0] == tokenizer.bos_token_id
     assert tokenizer.decode(prefix[1:]) == "Be brief.\n"
     assert ChatPrompts(tokenizer).prefix() == (tokenizer.bos_token_id,)
+
+
+@pytest.mark.parametrize("question", ["What is red?", "user", "Where does Mara Dubois live?"])
+def test_the_bundled_tokenizer_finds_the_question_behind_the_space_it_adds(question: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    fresh = ChatPrompts(tokenizer).fresh(question)
+    assert (fresh.start, fresh.end) == (1, len(fresh.token_ids) - 2)
+    assert tokenizer.decode(fresh.token_ids[fresh.start : fresh.end]) == question

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from kv_agent.vllm_plugin.text import TurnDecoder, readable_text
 
-MODEL = Path(__file__).resolve().parents[3] / "examples" / "models" / "recall-3m"
+MODEL = Path(__file__).resolve().parents[3] / "examples" / "models" / "recall"
 
 
 @pytest.fixture(scope="module")
