@@ -100,8 +100,8 @@ def attention(
     ``shared`` lets the documents compete for each query token (softmax) before the sum. A query ends
     where its answer would begin.
     """
-    first = documents.encoded[0]
-    num_heads, num_kv_heads, size = first.queries.shape[2], first.keys.shape[2], first.keys.shape[3]
+    _, _, num_kv_heads, size = documents.encoded[0].keys.shape
+    num_heads = queries.encoded[0].queries.shape[2]
     kv_head = head * num_kv_heads // num_heads
     keys = [one.keys[layer, :, kv_head] for one in documents.encoded]
     keys_TD, owners_T = torch.cat(keys), _owners(keys)
