@@ -50,9 +50,10 @@ def pooled(
     own_query_mean: bool = False,
     by_rarity: bool = False,
 ) -> Tensor:
-    """Cosine of mean keys. ``own_query_mean`` centres queries on the mean of queries, not of documents.
+    """Cosine of mean keys. ``own_query_mean`` centres queries and documents each on their own mean.
 
-    ``by_rarity`` weights tokens by their inverse document frequency. The space is fitted to tokens.
+    Otherwise both are centred on that of the documents' tokens, to which the space is fitted, too.
+    ``by_rarity`` weights tokens by their inverse document frequency.
     """
     document_keys, query_keys = documents.keys(layers), queries.keys(layers)
     rarity = inverse_document_frequency(documents)

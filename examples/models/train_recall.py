@@ -22,10 +22,11 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedModel
 
 from benchmarks.world import Split
+from benchmarks.world.exam import by_group
 from examples.models.recall_training.architectures import build_model
 from examples.models.recall_training.batches import Batch, Encoder
 from examples.models.recall_training.curriculum import LEVELS, Batches, Progress, Source
-from examples.models.recall_training.evaluation import by_group, evaluate, exact_matches, token_logits
+from examples.models.recall_training.evaluation import evaluate, exact_matches, token_logits
 from examples.models.recall_training.induction import plant_induction_head
 from examples.models.recall_training.tokens import train_tokenizer
 
@@ -174,6 +175,7 @@ class Trainer:
         settings = {name: str(value) for name, value in vars(self.args).items() if name != "out"}
         record = {"settings": settings, "seconds": self.seconds, "num_tokens": self.num_tokens,
                   "steps": self.step, "last_level": LEVELS[self.progress.level], "device": device_name(),
+                  "descent_share": DESCENT_SHARE,
                   "test": scores, "curve": self.curve}  # fmt: skip
         (out / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

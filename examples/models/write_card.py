@@ -15,7 +15,6 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.world import RELATIONS
-from examples.models.train_recall import DESCENT_SHARE
 
 _FAMILIES = {"llama": "Llama", "qwen3": "Qwen3 (q/k norm, other RoPE base)"}
 _COLUMNS = ("3", "8", "20", "40", "80")
@@ -60,7 +59,7 @@ def write_card(folder: Path) -> None:
         lr=settings["lr"],
         echo_weight=settings["echo_weight"],
         seed=settings["seed"],
-        descent=100 * DESCENT_SHARE,
+        descent=100 * training["descent_share"],
         notes=training.get("notes", ""),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-import random
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks.world import Question, Split, WorldConfig, generate_world
-from examples.models.recall_training.batches import Batch, Encoder, collate, shuffled
+from benchmarks.world import Question, Split
+from benchmarks.world.exam import exam_papers
+from examples.models.recall_training.batches import Batch, Encoder, collate
 
-_SEED_BASE = 1 << 48  # training seeds have 48 bits
-_QUESTIONS_PER_WORLD = 20
 _TOKENS_PER_BATCH = 8_000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Score:
-    """How many of some questions were answered exactly."""
-
-    right: int
-    asked: int
-
-    @property
-    def share(self) -> float:
-        return self.right / self.asked if self.asked else float("nan")
 
 
 def token_logits(model: PreTrainedModel, batch: Batch, wanted_W: Tensor) -> Tensor:
@@ -60,14 +42,8 @@ def evaluate(
     model: PreTrainedModel, encoder: Encoder, *, split: Split, num_facts: int, num_worlds: int
 ) -> list[tuple[Question, bool]]:
     """Questions about worlds of ``num_facts`` facts and whether each was answered right."""
-    config = WorldConfig(
-        num_facts=num_facts, facts_per_subject=2, two_hop_share=0.3, correction_share=0.15, unknown_share=0.15
-    )
-    rows = []
-    for number in range(num_worlds):
-        world = generate_world(config, split=split, seed=_SEED_BASE + number)
-        rng = random.Random(number)
-        rows.append(encoder.row(world, shuffled(world.questions, _QUESTIONS_PER_WORLD, rng)))
+    papers = exam_papers(split, num_facts=num_facts, num_worlds=num_worlds)
+    rows = [encoder.row(world, questions) for world, questions in papers]
     longest = max(len(row.shared) + sum(len(one.ids) for one in row.asked) for row in rows)
     size = max(1, _TOKENS_PER_BATCH // longest)
     device = next(model.parameters()).device
@@ -80,19 +56,3 @@ def evaluate(
             outcome += zip(batch.questions, matches, strict=True)
     model.train()
     return outcome
-
-
-def by_group(outcome: Iterable[tuple[Question, bool]]) -> dict[str, Score]:
-    """Scores of all, by way of asking, by kind of value and by relation (two-hop questions left out)."""
-    right: dict[str, list[bool]] = defaultdict(list)
-    for question, is_right in outcome:
-        right["all"].append(is_right)
-        right[f"ask:{question.ask.value}"].append(is_right)
-        if question.kind is not None and len(question.relations) == 1:
-            right[f"kind:{question.kind.value}"].append(is_right)
-            right[f"relation:{question.relations[0]}"].append(is_right)
-    return {name: score(values) for name, values in sorted(right.items())}
-
-
-def score(matches: Sequence[bool]) -> Score:
-    return Score(right=sum(matches), asked=len(matches))

@@ -10,19 +10,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from benchmarks.world import Ask, Question, Split, ValueKind, World, WorldConfig, generate_world
+from benchmarks.world import Ask, Question, Split, ValueKind, World, WorldConfig, exam, generate_world
+from benchmarks.world.exam import Score, by_group
 from examples.models.recall_training import curriculum, evaluation
 from examples.models.recall_training.architectures import build_model
 from examples.models.recall_training.batches import Batch, Encoder
 from examples.models.recall_training.curriculum import Batches, Source
-from examples.models.recall_training.evaluation import (
-    Score,
-    by_group,
-    evaluate,
-    exact_matches,
-    score,
-    token_logits,
-)
+from examples.models.recall_training.evaluation import evaluate, exact_matches, token_logits
 from tests.unit.recall_training.plain import Dialogue, packed, stock
 
 NUM_FACTS = 2
@@ -53,7 +47,7 @@ def verdicts(model: PreTrainedModel, encoder: Encoder, monkeypatch: pytest.Monke
     """What ``evaluate`` says, with the worlds that it asked about."""
     worlds: list[World] = []
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "generate_world", recorder(worlds))
+        patch.setattr(exam, "generate_world", recorder(worlds))
         outcome = evaluate(model, encoder, split=Split.VALIDATION, num_facts=NUM_FACTS, num_worlds=NUM_WORLDS)
     assert len(worlds) == NUM_WORLDS
     found = []
@@ -96,7 +90,7 @@ def overfitted(
     model = build_model(request.param, tokenizer, layers=1, width=128, mlp=64)
     worlds: list[World] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "generate_world", recorder(worlds))
+        patch.setattr(exam, "generate_world", recorder(worlds))
         evaluate(model, encoder, split=Split.VALIDATION, num_facts=NUM_FACTS, num_worlds=NUM_WORLDS)
     known = [Dialogue(world=world, questions=world.questions) for world in worlds[:2]]
     batch = packed(encoder, known)
@@ -179,7 +173,7 @@ def test_no_training_seed_reaches_those_of_evaluation(
     trained: list[World] = []
     monkeypatch.setattr(curriculum, "generate_world", recorder(trained))
     list(Batches(encoder, Source(seed=0, level=0, tokens_per_step=1000), range(3)))
-    assert max(world.seed for world in trained) < evaluation._SEED_BASE
+    assert max(world.seed for world in trained) < exam._SEED_BASE
 
 
 def test_scores_by_group_count_right_answers_like_a_loop(encoder: Encoder) -> None:
@@ -215,5 +209,6 @@ def test_scores_by_group_count_right_answers_like_a_loop(encoder: Encoder) -> No
 
 
 def test_share_is_of_the_asked_and_no_number_without_any() -> None:
-    assert score([True, False, True, True]).share == 0.75
-    assert score([]).share != score([]).share
+    assert Score(right=3, asked=4).share == 0.75
+    empty = Score(right=0, asked=0)
+    assert empty.share != empty.share
