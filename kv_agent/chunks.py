@@ -50,6 +50,22 @@ class Scope:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TurnFilter:
+    """Turns created from ``since`` to before ``until`` (Unix time) that have all this ``metadata``."""
+
+    since: float | None = None
+    until: float | None = None
+    metadata: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+
+    @property
+    def admits_all(self) -> bool:
+        return self.since is None and self.until is None and not self.metadata
+
+
+EVERY_TURN = TurnFilter()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkRecord:
     """One stored chunk without its tensor: what the catalog knows about it.
 

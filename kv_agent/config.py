@@ -51,7 +51,7 @@ class PluginConfig(_Strict):
     device_bytes: int = Field(default=0, ge=0)
     host_bytes: int = Field(default=1 << 30, ge=0)
     queue_bytes: int = Field(default=512 << 20, gt=0)
-    pooled_layers: tuple[int, ...] = Field(default=(0, 1), min_length=1)
+    pooled_layers: tuple[int, ...] = Field(default=(0,), min_length=1)
     load_threads: int = Field(default=2, ge=1, le=64)
 
 
@@ -70,7 +70,7 @@ class PlanOptions(_Strict):
 
 
 class ProbeOptions(_Strict):
-    """Return pooled pre-RoPE keys of prompt tokens ``[start, end)``; ``end`` defaults to the prompt's."""
+    """Return the pre-RoPE keys of prompt tokens ``[start, end)``; ``end`` defaults to the prompt's."""
 
     start: int = Field(default=0, ge=0)
     end: int | None = Field(default=None, gt=0)

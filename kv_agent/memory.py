@@ -5,23 +5,28 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Literal, Self
 
-from kv_agent.chunks import ChunkKey, Scope, TurnId, TurnRecord
+from kv_agent.chunks import EVERY_TURN, ChunkKey, Scope, TurnFilter, TurnId, TurnRecord
 from kv_agent.engines.base import Call, Reuse
 from kv_agent.errors import ConfigError
 from kv_agent.manager import Backend, CacheManager, scope_options
 from kv_agent.planning import build_prompt
-from kv_agent.retrieval.pooling import from_bytes
-from kv_agent.searching import Mode, find_turns
+from kv_agent.retrieval.sketches import from_sketch
+from kv_agent.searching import Found, Library, Mode, Request, Voice, VoiceName, find_turns
+from kv_agent.storage.catalog import Catalog
 
 Share = Literal["user", "agent", "session"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """One stored turn. ``score`` is that of the search's mode, ``None`` when nothing was searched."""
+    """One stored turn. ``score`` is that of the search's mode, ``None`` when nothing was searched.
+
+    ``voices`` says, when asked for, what each way of searching thought of it; ``neighbour_of`` names the
+    memory beside which it stands, when it was not found itself.
+    """
 
     id: TurnId
     text: str
@@ -31,6 +36,8 @@ class Memory:
     scope: Scope
     created: float
     metadata: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    voices: Mapping[VoiceName, Voice] = field(default_factory=dict)
+    neighbour_of: TurnId | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,16 +95,34 @@ class AgentMemory:
             prompt, response, scope=self.scope, system_prompt=self._system_prompt, metadata=metadata
         )
 
-    def retrieve(self, query: str, top_k: int = 5, mode: Mode = "hybrid") -> list[Memory]:
+    def retrieve(
+        self,
+        query: str,
+        top_k: int = 5,
+        mode: Mode = "hybrid",
+        *,
+        only: TurnFilter = EVERY_TURN,
+        neighbours: int = 0,
+        explain: bool = False,
+    ) -> list[Memory]:
         """The stored turns that fit ``query`` best, best first.
 
-        ``mode`` says what is compared, and what ``Memory.score`` is: ``"latent"`` the model's own keys
-        (cosine), ``"lexical"`` the words (BM25; the model is not asked), ``"hybrid"`` the words, and the
-        keys for places that are left free (score: 1 / rank).
+        ``mode`` says what is compared, and what ``Memory.score`` is: ``"latent"`` the model's own keys (the
+        part of the query's tokens that a memory wins), ``"lexical"`` the words (BM25; the model is not
+        asked), ``"hybrid"`` both (their reciprocal ranks added up). ``only`` narrows by time and metadata.
+        Behind the ``top_k`` come, oldest first, up to ``neighbours`` turns before and after each of them
+        in its session. ``explain`` fills ``Memory.voices``.
         """
-        scores = find_turns(self._manager, self._probe, query, self._reading, top_k, mode)
-        turns = self._manager.store.catalog.turns(scores)
-        return [_memory(turns[turn_id], score) for turn_id, score in scores.items() if turn_id in turns]
+        request = Request(query=query, scope=self._reading, top_k=top_k, mode=mode, only=only)
+        if neighbours < 0:
+            raise ConfigError(f"neighbours must be >= 0, got {neighbours}")
+        manager = self._manager
+        manager.wait_durable()
+        catalog = manager.store.catalog
+        library = Library(catalog=catalog, index=manager.index, fingerprint=manager.fingerprint)
+        found = find_turns(library, self._probe, request)
+        memories = [_memory(one.turn, one.score, voices=one.voices if explain else {}) for one in found]
+        return memories + _beside(found, catalog, self._reading, neighbours)
 
     def generate(
         self,
@@ -108,18 +133,21 @@ class AgentMemory:
         temperature: float = 0.0,
         store: bool = True,
         mode: Mode = "hybrid",
+        only: TurnFilter = EVERY_TURN,
+        neighbours: int = 0,
     ) -> Answer:
         """Answer ``query`` with the ``top_k`` best memories put back as KV in front of it.
 
         The memories' tokens are part of the prompt; what cannot be re-injected is computed. With
-        ``store`` the question and its answer become a memory, too. ``mode``: see :meth:`retrieve`.
+        ``store`` the question and its answer become a memory, too. ``mode``, ``only`` and ``neighbours``: see
+        :meth:`retrieve`.
         """
         started = time.perf_counter()
-        memories = self.retrieve(query, top_k, mode)
+        memories = self.retrieve(query, top_k, mode, only=only, neighbours=neighbours)
         self._manager.ensure_prefix(self.scope, self._system_prompt)
         manager = self._manager
-        scores = {memory.id: memory.score for memory in memories}
-        turns = manager.store.catalog.turns(scores)
+        by_id = {memory.id: memory for memory in memories}
+        turns = manager.store.catalog.turns(by_id)
         keys = [key for turn in turns.values() for key in turn.chunk_keys]
         prompt = build_prompt(
             manager.prefix_records(self.scope, self._system_prompt),
@@ -148,7 +176,7 @@ class AgentMemory:
         return Answer(
             text=completion.text.strip(),
             reuse=completion.reuse,
-            memories=tuple(_memory(turn, scores[turn.turn_id]) for turn in prompt.turns),
+            memories=tuple(by_id[turn.turn_id] for turn in prompt.turns),
             turn_id=completion.turn_id,
             ttft_s=searched_s + completion.ttft_s,
         )
@@ -186,7 +214,7 @@ class AgentMemory:
         self.close()
 
     def _probe(self, query: str) -> Any:
-        """Pooled keys of the query, from its own prefill."""
+        """Keys of the query's tokens, from its own prefill."""
         prefix = self._manager.prompts.prefix(self._system_prompt)
         fresh = self._manager.prompts.fresh(query)
         token_ids = prefix + fresh.token_ids
@@ -198,7 +226,7 @@ class AgentMemory:
         )
         if completion.probe is None:
             raise ConfigError("the engine returned no probe; is it running with the kv_agent plugin?")
-        return from_bytes(completion.probe)
+        return from_sketch(completion.probe)
 
 
 def _reading_scope(scope: Scope, share: Share) -> Scope:
@@ -215,7 +243,27 @@ def _reading_scope(scope: Scope, share: Share) -> Scope:
     )
 
 
-def _memory(turn: TurnRecord, score: float | None) -> Memory:
+def _beside(found: Sequence[Found], catalog: Catalog, reading: Scope, num_turns: int) -> list[Memory]:
+    """Neighbours of what was found that ``reading`` admits, each once, oldest first."""
+    if num_turns == 0:
+        return []
+    seen = {one.turn.turn_id for one in found}
+    beside: list[Memory] = []
+    for one in found:
+        for turn in catalog.neighbours(one.turn, num_turns):
+            if turn.turn_id not in seen and reading.admits(turn.scope):
+                seen.add(turn.turn_id)
+                beside.append(_memory(turn, None, neighbour_of=one.turn.turn_id))
+    return sorted(beside, key=lambda memory: memory.created)
+
+
+def _memory(
+    turn: TurnRecord,
+    score: float | None,
+    *,
+    voices: Mapping[VoiceName, Voice] = MappingProxyType({}),
+    neighbour_of: TurnId | None = None,
+) -> Memory:
     return Memory(
         id=turn.turn_id,
         text=turn.text,
@@ -225,4 +273,6 @@ def _memory(turn: TurnRecord, score: float | None) -> Memory:
         scope=turn.scope,
         created=turn.created,
         metadata=turn.metadata,
+        voices=voices,
+        neighbour_of=neighbour_of,
     )

@@ -2,44 +2,145 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, get_args
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
-import numpy as np
-import numpy.typing as npt
-
-from kv_agent.chunks import Scope, TurnId
+from kv_agent.chunks import EVERY_TURN, Fingerprint, Scope, TurnFilter, TurnId, TurnRecord
 from kv_agent.errors import ConfigError
-from kv_agent.manager import CacheManager
+from kv_agent.retrieval.engine import RetrievalEngine
+from kv_agent.storage.catalog import Catalog
+from kv_agent.storage.words import words
 
 Mode = Literal["hybrid", "latent", "lexical"]
-Probe = Callable[[str], npt.NDArray[np.float32]]
+VoiceName = Literal["latent", "lexical"]
+Probe = Callable[[str], Any]  # the keys of a query's tokens, [t, V]
+
+_DEPTH = 100  # places of each voice that count in a fusion
+_FUSION = 60  # the constant of reciprocal rank fusion
+_NEAR_DUPLICATE = 0.9  # share of words in common
+_SPARE = 4  # times top_k are looked at, so that duplicates can give way
 
 
-def find_turns(
-    manager: CacheManager, probe: Probe, query: str, scope: Scope, top_k: int, mode: Mode
-) -> dict[TurnId, float]:
-    """The ``top_k`` best turns that ``scope`` admits, best first, with their scores.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Library:
+    """Where is searched: the memories of one model."""
 
-    ``probe`` gives the pooled keys of a query; it is called only when they are needed. Hybrid takes what
-    shares words with the query first and fills free places by keys: the keys were measured near chance, and
-    merging a ranking at chance as an equal makes results worse than text search alone.
+    catalog: Catalog
+    index: RetrievalEngine
+    fingerprint: Fingerprint
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What is searched for. ``only`` narrows ``scope`` further."""
+
+    query: str
+    scope: Scope
+    top_k: int
+    mode: Mode = "hybrid"
+    only: TurnFilter = EVERY_TURN
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1:
+            raise ConfigError(f"top_k must be >= 1, got {self.top_k}")
+        if self.mode not in get_args(Mode):
+            raise ConfigError(f'mode must be "hybrid", "latent" or "lexical", got {self.mode!r}')
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Voice:
+    """Where one way of searching had a turn: ``rank`` from 1, and its own ``score``."""
+
+    rank: int
+    score: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """A turn with the score of the request's mode, and what each way of searching said of it."""
+
+    turn: TurnRecord
+    score: float
+    voices: Mapping[VoiceName, Voice]
+
+
+def find_turns(library: Library, probe: Probe, request: Request) -> list[Found]:
+    """The ``top_k`` best turns, best first.
+
+    ``probe`` gives the keys of the query's tokens; it is called only when they are needed. Hybrid adds up
+    reciprocal ranks (Cormack et al., 2009); what words find is also compared by keys. Among equals the newer
+    comes first, and of turns that say nearly the same all but the newest come last.
     """
-    if top_k < 1:
-        raise ConfigError(f"top_k must be >= 1, got {top_k}")
-    if mode not in get_args(Mode):
-        raise ConfigError(f'mode must be "hybrid", "latent" or "lexical", got {mode!r}')
-    manager.wait_durable()
-    found: dict[TurnId, float] = {}
-    if mode != "latent":
-        hits = manager.store.catalog.search_text(query, scope, manager.fingerprint, top_k)
-        found = {hit.turn_id: hit.score for hit in hits}
-        if mode == "lexical":
-            return found
-    if len(found) < top_k:
-        latent = {hit.turn_id: hit.score for hit in manager.index.search(probe(query), scope, top_k)}
-        if mode == "latent":
-            return latent
-        found |= {turn_id: 0.0 for turn_id in latent if turn_id not in found}
-    best = list(found)[:top_k]
-    return {turn_id: 1.0 / rank for rank, turn_id in enumerate(best, start=1)}
+    depth = _SPARE * request.top_k
+    if request.mode == "hybrid":
+        depth = max(depth, _DEPTH)
+    said: dict[VoiceName, list[tuple[TurnId, float]]] = {}
+    if request.mode != "latent":
+        hits = library.catalog.search_text(
+            request.query, request.scope, library.fingerprint, depth, request.only
+        )
+        said["lexical"] = [(hit.turn_id, hit.score) for hit in hits]
+    if request.mode != "lexical":
+        said["latent"] = _by_keys(library, probe, request, depth, said.get("lexical", ()))
+    scores = dict(said[request.mode]) if request.mode != "hybrid" else _fused(said.values())
+    best = sorted(scores, key=lambda turn_id: -scores[turn_id])[: _SPARE * request.top_k]
+    turns = library.catalog.turns(best)
+    ranks = {name: _ranked(ranking) for name, ranking in said.items()}
+    found = [
+        Found(
+            turn=turns[turn_id],
+            score=scores[turn_id],
+            voices={name: voices[turn_id] for name, voices in ranks.items() if turn_id in voices},
+        )
+        for turn_id in best
+        if turn_id in turns  # otherwise forgotten meanwhile
+    ]
+    found.sort(key=lambda one: (-one.score, -one.turn.created))
+    return _without_repetition(found)[: request.top_k]
+
+
+def _by_keys(
+    library: Library,
+    probe: Probe,
+    request: Request,
+    depth: int,
+    by_words: Iterable[tuple[TurnId, float]],
+) -> list[tuple[TurnId, float]]:
+    only = None
+    if not request.only.admits_all:
+        only = library.catalog.turn_ids(request.scope, request.only)
+    also = [turn_id for turn_id, _ in by_words]
+    hits = library.index.search(probe(request.query), request.scope, depth, also=also, only=only)
+    return [(hit.turn_id, hit.score) for hit in hits]
+
+
+def _fused(rankings: Iterable[Sequence[tuple[TurnId, float]]]) -> dict[TurnId, float]:
+    scores: dict[TurnId, float] = {}
+    for ranking in rankings:
+        for turn_id, voice in _ranked(ranking).items():
+            scores[turn_id] = scores.get(turn_id, 0.0) + 1 / (_FUSION + voice.rank)
+    return scores
+
+
+def _ranked(ranking: Iterable[tuple[TurnId, float]]) -> dict[TurnId, Voice]:
+    return {turn_id: Voice(rank=rank, score=score) for rank, (turn_id, score) in enumerate(ranking, start=1)}
+
+
+def _without_repetition(found: Sequence[Found]) -> list[Found]:
+    """The newest of near-duplicates in the place of the best; the others behind everything else."""
+    groups: list[tuple[frozenset[str], list[Found]]] = []
+    for one in found:
+        said = frozenset(words(one.turn.text))
+        group = next((group for had, group in groups if _alike(said, had)), None)
+        if group is None:
+            groups.append((said, [one]))
+        else:
+            group.append(one)
+    newest = [max(group, key=lambda one: one.turn.created) for _, group in groups]
+    kept = {one.turn.turn_id for one in newest}
+    return newest + [one for one in found if one.turn.turn_id not in kept]
+
+
+def _alike(one: frozenset[str], other: frozenset[str]) -> bool:
+    return len(one & other) >= _NEAR_DUPLICATE * max(1, len(one | other))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.retrieval.keys import Encoded
+from kv_agent.retrieval.interaction import SHARPNESS
 
 Space = Literal["plain", "centred", "whitened", "all_but_the_top"]
 
@@ -91,6 +92,24 @@ def late_interaction(
         weights_t = rarity[torch.tensor(ids)] if by_rarity else torch.ones(len(ids))
         scores[row] = weights_t @ best_tN
     return scores
+
+
+def competing(documents: Texts, queries: Texts, layers: Sequence[int]) -> Tensor:
+    """MaxSim of whitened keys whose documents share each query token by a softmax, over all documents.
+
+    What :mod:`kv_agent.retrieval.interaction` does for some candidates.
+    """
+    document_keys = documents.keys(layers)
+    tokens_TV = torch.cat(document_keys)
+    mean_V, matrix_VV = _fit(tokens_TV, "whitened")
+    tokens_TV, owners_T = _unit((tokens_TV - mean_V) @ matrix_VV), _owners(document_keys)
+    rows = [
+        (SHARPNESS * _best_of_each(_unit((keys_tV - mean_V) @ matrix_VV) @ tokens_TV.T, owners_T))
+        .softmax(dim=-1)
+        .mean(0)
+        for keys_tV in queries.keys(layers)
+    ]
+    return torch.stack(rows)
 
 
 def attention(

@@ -237,6 +237,9 @@ MENTOR = Relation(
             "From {v} {s} learns.",
             "The person who teaches {s} is {v}.",
             "It is {v} who is the mentor of {s}.",
+            "As a mentor {v} teaches {s}.",
+            "{s} learns from {v} as a mentor.",
+            "{s} learns from a person, {v}.",
         ),
         updates=(
             "{s} now learns from {v}.",

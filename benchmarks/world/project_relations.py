@@ -20,6 +20,8 @@ LEAD = Relation(
             "The person in charge of project {s} is {v}.",
             "Project {s} has a lead, {v}.",
             "As lead {v} is in charge of project {s}.",
+            "{v} leads project {s} and is in charge.",
+            "The lead in charge of project {s} is {v}.",
             "By {v} is project {s} led.",
         ),
         updates=(
@@ -86,6 +88,8 @@ SITE = Relation(
             "The site project {s} has is {v}.",
             "It is {v} where project {s} takes place.",
             "The place of project {s} is {v}.",
+            "{v} is the place of project {s}.",
+            "In {v} is the site of project {s}.",
         ),
         updates=(
             "Project {s} now takes place in {v}.",
@@ -144,6 +148,8 @@ CODE = Relation(
             "{v} is the access code of project {s}.",
             "For project {s} use the code {v}.",
             "{v} opens project {s}.",
+            "Use {v} for project {s}.",
+            "The code of project {s} is {v}.",
             "The code that opens project {s} is {v}.",
             "Project {s} has the code {v}.",
         ),

@@ -48,7 +48,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """What came of a :class:`Call`. ``probe`` holds pooled keys as float32 bytes if asked for."""
+    """What came of a :class:`Call`. ``probe``: keys by token, see ``retrieval.sketches``."""
 
     text: str
     token_ids: tuple[int, ...]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +16,17 @@ from torch import Tensor
 
 from kv_agent.chunks import ChunkKey, ContentKey, Fingerprint, IndexChange, Scope, TurnId
 from kv_agent.retrieval.index import IndexHit, NamespaceIndex
+from kv_agent.retrieval.interaction import shares
+from kv_agent.retrieval.pooling import as_rows
+from kv_agent.retrieval.sketches import from_sketch
 
 logger = logging.getLogger(__name__)
 
 _CHANGES_PER_STEP = 1000
 _CANDIDATES_PER_TURN = 4  # a turn of 1,000 tokens has four chunks of 256
-_MIN_CANDIDATES = 16
+_MIN_CANDIDATES = 800  # chunks found by their pooled keys ...
+_CANDIDATE_TOKENS = 16_384  # ... of which the first with so many tokens are compared token by token
+_CHUNKS_PER_STEP = 100
 
 
 class ChangeFeed(Protocol):
@@ -31,14 +36,26 @@ class ChangeFeed(Protocol):
         self, fingerprint: Fingerprint, namespace: str, seq: int, limit: int = ...
     ) -> list[IndexChange]: ...  # those with a higher seq, lowest first, at most limit
 
+    def sketches(self, keys: Iterable[ChunkKey]) -> Mapping[ChunkKey, bytes]: ...  # see retrieval.sketches
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryHit:
-    """A turn that a search found: ``score`` of its best chunk, ``chunk_keys`` of those found, best first."""
+    """A turn that a search found: ``score`` of its best chunk, ``chunk_keys`` of those found, best first.
+
+    The score is the part of the query that the chunk won, see :mod:`kv_agent.retrieval.interaction`.
+    """
 
     turn_id: TurnId
     score: float
     chunk_keys: tuple[ChunkKey, ...]
+
+
+class _Copies(NamedTuple):
+    """A text that was found: its newest copy, and the one most like the query."""
+
+    newest: IndexHit
+    best: IndexHit
 
 
 class RetrievalEngine:
@@ -54,23 +71,41 @@ class RetrievalEngine:
         self._lock = threading.Lock()
         self._indexes: dict[str, NamespaceIndex] = {}
         self._saved_seq: dict[str, int] = {}
+        self._warned = False
 
-    def search(self, vector: Tensor | npt.NDArray[np.float32], scope: Scope, top_k: int) -> list[MemoryHit]:
-        """The ``top_k`` turns in ``scope`` most like ``vector``, best first.
+    def search(
+        self,
+        query: Tensor | npt.NDArray[np.float32],
+        scope: Scope,
+        top_k: int,
+        *,
+        also: Sequence[TurnId] = (),
+        only: Iterable[TurnId] | None = None,
+    ) -> list[MemoryHit]:
+        """The ``top_k`` turns in ``scope`` most like ``query``, best first.
 
-        A text stored more than once counts once, as its newest copy, with the score of its best.
+        ``query`` holds the keys of its tokens, [t, V], or one vector. FAISS compares their means; what it
+        finds, and the turns in ``also``, is then compared token by token. ``only`` narrows the search to
+        these turns. A text stored more than once counts once, as its newest copy, with the score of its best.
         """
         if top_k < 1:
             raise ValueError(f"top_k must be >= 1, got {top_k}")
+        query_tV = as_rows(query)
+        narrowed = None if only is None else frozenset(only)
         with self._lock:
             index = self._refreshed(scope.namespace)
             wanted = max(_CANDIDATES_PER_TURN * top_k, _MIN_CANDIDATES)
+            pooled_V = query_tV.mean(axis=0)
             while True:
-                hits = index.search(vector, scope, wanted)
-                turns = _group_by_turn(_newest_copies(hits))
-                if len(turns) >= top_k or len(hits) < wanted:
-                    return turns[:top_k]
+                hits = index.search(pooled_V, scope, wanted, only=narrowed)
+                copies = _newest_copies(hits)
+                if len(hits) < wanted or len({copy.newest.turn_id for copy in copies}) >= top_k:
+                    break
                 wanted *= 4
+            if also:
+                named = frozenset(also) if narrowed is None else narrowed & frozenset(also)
+                copies = _newest_copies([*index.search(pooled_V, scope, wanted, only=named), *hits])
+            return _group_by_turn(self._compared(index, query_tV, copies))[:top_k]
 
     def save_snapshots(self) -> None:
         """Write the indexes that changed since they were last written; trouble is a warning."""
@@ -96,6 +131,48 @@ class RetrievalEngine:
             self._indexes.clear()
             self._saved_seq.clear()
 
+    def _compared(
+        self, index: NamespaceIndex, query_tV: npt.NDArray[np.float32], copies: Sequence[_Copies]
+    ) -> list[tuple[IndexHit, float]]:
+        """Candidates with the part of the query that each wins, best first; newer first among equals."""
+        documents = self._tokens_of(index, [copy.best for copy in copies])
+        if not documents:
+            return []
+        num_others = index.num_entries - len(documents)
+        won = shares(index.space.unit(query_tV), documents, index.background, num_others).tolist()
+        scored = [(copy.newest, score) for copy, score in zip(copies, won, strict=False)]
+        return sorted(scored, key=lambda pair: (-pair[1], -pair[0].entry_id))
+
+    def _tokens_of(self, index: NamespaceIndex, hits: Sequence[IndexHit]) -> list[npt.NDArray[np.float32]]:
+        """Tokens of the first chunks, as many as are compared; a chunk without known tokens has its mean."""
+        documents: list[npt.NDArray[np.float32]] = []
+        num_tokens = 0
+        for start in range(0, len(hits), _CHUNKS_PER_STEP):
+            step = hits[start : start + _CHUNKS_PER_STEP]
+            known = self._token_keys([hit.chunk_key for hit in step])
+            for hit in step:
+                keys_TV = known.get(hit.chunk_key)
+                pooled_1V = index.vector(hit.entry_id)[None]
+                if keys_TV is None or keys_TV.shape[1] != pooled_1V.shape[1]:
+                    keys_TV = pooled_1V
+                documents.append(index.space.unit(keys_TV))
+                num_tokens += len(keys_TV)
+                if num_tokens >= _CANDIDATE_TOKENS:
+                    return documents
+        return documents
+
+    def _token_keys(self, keys: Sequence[ChunkKey]) -> dict[ChunkKey, npt.NDArray[np.float32]]:
+        """What is known of the tokens of these chunks; a damaged sketch is none, which is said once."""
+        known: dict[ChunkKey, npt.NDArray[np.float32]] = {}
+        for key, data in self._feed.sketches(keys).items():
+            try:
+                known[key] = from_sketch(data)
+            except ValueError as err:
+                if not self._warned:
+                    self._warned = True
+                    logger.warning("chunk %s is found by its mean only: %s", key, err)
+        return known
+
     def _refreshed(self, namespace: str) -> NamespaceIndex:
         index = self._indexes.get(namespace) or self._opened(namespace)
         while True:
@@ -106,7 +183,7 @@ class RetrievalEngine:
                 logger.warning(
                     "the catalog was started again: index of namespace %r is built anew", namespace
                 )
-                index = NamespaceIndex(self._fingerprint, namespace)
+                index = NamespaceIndex(self._fingerprint, namespace, self._token_keys)
                 self._saved_seq.pop(namespace, None)
                 continue
             self._indexes[namespace] = index
@@ -118,9 +195,9 @@ class RetrievalEngine:
         index = None
         if self._snapshot_dir is not None:
             path = self._snapshot_path(self._snapshot_dir, namespace)
-            index = NamespaceIndex.load(path, self._fingerprint, namespace)
+            index = NamespaceIndex.load(path, self._fingerprint, namespace, self._token_keys)
         if index is None:
-            return NamespaceIndex(self._fingerprint, namespace)
+            return NamespaceIndex(self._fingerprint, namespace, self._token_keys)
         self._saved_seq[namespace] = index.seq
         return index
 
@@ -130,16 +207,14 @@ class RetrievalEngine:
         return folder / f"{digest}.safetensors"
 
 
-def _newest_copies(hits: Iterable[IndexHit]) -> list[tuple[IndexHit, float]]:
-    """One hit per text: the newest, with the score of the first, which is the best; best first."""
-    newest: dict[ContentKey, IndexHit] = {}
-    best: dict[ContentKey, float] = {}
+def _newest_copies(hits: Iterable[IndexHit]) -> list[_Copies]:
+    """One item per text, in the order in which ``hits`` has them first."""
+    found: dict[ContentKey, _Copies] = {}
     for hit in hits:
-        best.setdefault(hit.content_key, hit.score)
-        kept = newest.setdefault(hit.content_key, hit)
-        if hit.entry_id > kept.entry_id:
-            newest[hit.content_key] = hit
-    return [(newest[content_key], score) for content_key, score in best.items()]
+        copies = found.setdefault(hit.content_key, _Copies(newest=hit, best=hit))
+        if hit.entry_id > copies.newest.entry_id:
+            found[hit.content_key] = copies._replace(newest=hit)
+    return list(found.values())
 
 
 def _group_by_turn(scored: Iterable[tuple[IndexHit, float]]) -> list[MemoryHit]:

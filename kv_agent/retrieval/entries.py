@@ -6,6 +6,7 @@ Legend: N rows (oldest first), V values per pooled vector.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ Floats = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.intp]
 
 _NARROWING = ("user_id", "agent_id", "session_id")
+_TURN = len(_NARROWING)  # its column
 _KEYS = ("chunk_key", "content_key", "turn_id")
 _DEAD = -1  # instead of the number of a name
 _MIN_SPARE_ROWS = 16
@@ -41,7 +43,7 @@ class EntryTable:
         self._row_of: dict[int, int] = {}
         # Both have spare rows at their end.
         self._raw_NV: Floats = np.empty((0, 0), dtype=np.float32)
-        self._names_N3: npt.NDArray[np.int32] = np.empty((0, 3), dtype=np.int32)
+        self._names_N4: npt.NDArray[np.int32] = np.empty((0, _TURN + 1), dtype=np.int32)
         self._name_ids: dict[str | None, int] = {None: 0}
 
     @property
@@ -58,6 +60,11 @@ class EntryTable:
         """The vectors as they came -> [N, V], dead rows included; a view."""
         return self._raw_NV[: self.num_rows]
 
+    def vector(self, entry_id: int) -> Floats:
+        """Of a live row -> [V]; a view."""
+        row_V: Floats = self._raw_NV[self._row_of[entry_id]]
+        return row_V
+
     def __getitem__(self, row: int) -> Entry:
         return self._entries[row]
 
@@ -69,35 +76,46 @@ class EntryTable:
         if row == len(self._raw_NV):
             spare = max(row, _MIN_SPARE_ROWS)  # doubling
             self._raw_NV = np.concatenate((self._raw_NV, np.empty((spare, vector_V.size), dtype=np.float32)))
-            self._names_N3 = np.concatenate((self._names_N3[:row], np.empty((spare, 3), dtype=np.int32)))
+            self._names_N4 = np.concatenate((self._names_N4[:row], np.empty((spare, 4), dtype=np.int32)))
         self._raw_NV[row] = vector_V
-        names = (getattr(entry.scope, name) for name in _NARROWING)
-        self._names_N3[row] = [self._name_ids.setdefault(name, len(self._name_ids)) for name in names]
+        names = (*(getattr(entry.scope, name) for name in _NARROWING), entry.turn_id)
+        self._names_N4[row] = [self._name_ids.setdefault(name, len(self._name_ids)) for name in names]
         self._entries.append(entry)
         self._row_of[entry.entry_id] = row
 
     def remove(self, entry_id: int) -> None:
         """Make its row dead; an unknown id is fine."""
         if (row := self._row_of.pop(entry_id, None)) is not None:
-            self._names_N3[row] = _DEAD
+            self._names_N4[row] = _DEAD
 
     def compact(self) -> None:
         """Drop dead rows; the others keep their order."""
         rows_N = self._live_rows()
         if len(rows_N) < self.num_rows:
             self._raw_NV = self._raw_NV[rows_N]
-            self._names_N3 = self._names_N3[rows_N]
+            self._names_N4 = self._names_N4[rows_N]
             self._entries = [self._entries[row] for row in rows_N]
             self._row_of = {entry.entry_id: row for row, entry in enumerate(self._entries)}
 
     def admitted(self, scope: Scope) -> npt.NDArray[np.bool_]:
         """Which rows ``scope`` admits: :meth:`Scope.admits` for all rows at once -> [N]; dead rows never."""
-        names_N3 = self._names_N3[: self.num_rows]
-        admitted_N: npt.NDArray[np.bool_] = names_N3[:, 0] != _DEAD
+        names_N4 = self._names_N4[: self.num_rows]
+        admitted_N: npt.NDArray[np.bool_] = names_N4[:, 0] != _DEAD
         for column, name in enumerate(_NARROWING):
             if (wanted := getattr(scope, name)) is not None:
-                admitted_N &= names_N3[:, column] == self._name_ids.get(wanted, _DEAD)
+                admitted_N &= names_N4[:, column] == self._name_ids.get(wanted, _DEAD)
         return admitted_N
+
+    def of_turns(self, turn_ids: Iterable[TurnId]) -> npt.NDArray[np.bool_]:
+        """Which rows are parts of these turns -> [N]."""
+        names = [self._name_ids[turn_id] for turn_id in turn_ids if turn_id in self._name_ids]
+        return np.isin(self._names_N4[: self.num_rows, _TURN], names)
+
+    def sample(self, most: int) -> list[Entry]:
+        """At most ``most`` live entries, evenly over time."""
+        rows_N = self._live_rows()
+        step = max(1, -(-len(rows_N) // most))
+        return [self._entries[row] for row in rows_N[::step]]
 
     def pack(self) -> Arrays:
         """The live rows as arrays without objects; strings as JSON."""
@@ -127,4 +145,4 @@ class EntryTable:
         return table
 
     def _live_rows(self) -> Rows:
-        return np.flatnonzero(self._names_N3[: self.num_rows, 0] != _DEAD)
+        return np.flatnonzero(self._names_N4[: self.num_rows, 0] != _DEAD)

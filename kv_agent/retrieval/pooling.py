@@ -1,6 +1,6 @@
-"""Pooled keys: one vector per chunk that says what it is about, wherever it stood in its context.
+"""The model's own keys as vectors: one per token, or their mean, wherever the text stood in its context.
 
-Legend: L layers, T tokens, H kv heads, D head dim.
+Legend: L layers, T tokens, H kv heads, D head dim, V values of a vector: those of some layers side by side.
 """
 
 from __future__ import annotations
@@ -16,15 +16,19 @@ from kv_agent.kv.rope import RotaryScheme, unrotate_keys
 _STORED = np.dtype("<f4")
 
 
-def pool_keys(k_LTHD: Tensor, start: int, scheme: RotaryScheme, layers: Sequence[int]) -> Tensor:
-    """Un-rotated keys of ``layers``, averaged over tokens -> [len(layers) * H * D], float32, on k's device.
+def token_keys(k_LTHD: Tensor, start: int, scheme: RotaryScheme, layers: Sequence[int]) -> Tensor:
+    """Un-rotated keys of ``layers`` side by side -> [T, len(layers) * H * D], float32, on k's device.
 
     Token ``t`` of ``k_LTHD`` stands at position ``start + t``. There must be at least one token.
     """
     if k_LTHD.ndim != 4 or k_LTHD.shape[1] == 0:
         raise ValueError(f"keys {list(k_LTHD.shape)} are not [L, T >= 1, H, D]")
-    chosen_LTHD = k_LTHD[list(layers)]
-    return unrotate_keys(chosen_LTHD, start, scheme).mean(dim=1).flatten()  # [layers, H, D] -> one vector
+    return unrotate_keys(k_LTHD[list(layers)], start, scheme).transpose(0, 1).flatten(1)
+
+
+def pool_keys(keys_TV: Tensor) -> Tensor:
+    """The mean of :func:`token_keys` -> [V]."""
+    return keys_TV.mean(dim=0)
 
 
 def to_bytes(vector: Tensor | npt.NDArray[np.float32]) -> bytes:
@@ -42,3 +46,8 @@ def as_array(vector: Tensor | npt.NDArray[np.float32]) -> npt.NDArray[np.float32
     if isinstance(vector, Tensor):
         vector = vector.detach().float().cpu().numpy()
     return np.asarray(vector, dtype=np.float32).reshape(-1)
+
+
+def as_rows(vectors: Tensor | npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """One vector or several as a float32 array on the host -> [N, V]."""
+    return as_array(vectors).reshape(-1, vectors.shape[-1])

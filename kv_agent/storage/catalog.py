@@ -14,9 +14,20 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from kv_agent.chunks import ChunkKey, ChunkRecord, Fingerprint, IndexChange, Scope, TurnId, TurnRecord
+from kv_agent.chunks import (
+    EVERY_TURN,
+    ChunkKey,
+    ChunkRecord,
+    Fingerprint,
+    IndexChange,
+    Scope,
+    TurnFilter,
+    TurnId,
+    TurnRecord,
+)
 from kv_agent.errors import StorageError
 from kv_agent.storage import documents, rows, schema, turn_writes
 from kv_agent.storage import statements as sql
@@ -74,16 +85,18 @@ class Catalog:
         context: Sequence[ChunkRecord | ChunkKey],
         chunks: Sequence[ChunkRecord],
         vectors: Mapping[ChunkKey, bytes],
+        sketches: Mapping[ChunkKey, bytes] = MappingProxyType({}),
     ) -> AddResult:
         """Store a turn in one transaction; the bytes of ``context`` and ``chunks`` must be durable.
 
         ``chunks`` are new content chunks; other keys in ``turn.chunk_keys``, and context given as a
         bare key, must be in the catalog (:class:`UnknownChunkError`). Live rows stay as they are,
         quarantined ones are replaced. A turn with the scope, fingerprint and chunks of an older one is
-        that turn: its id becomes an alias.
+        that turn: its id becomes an alias. ``vectors`` and ``sketches`` are what chunks are found by: their
+        pooled keys and the keys of their tokens.
         """
         with self._transaction() as db:
-            return turn_writes.add_turn(db, turn, context, chunks, vectors)
+            return turn_writes.add_turn(db, turn, context, chunks, vectors, sketches)
 
     def turns(self, ids: Iterable[TurnId]) -> dict[TurnId, TurnRecord]:
         """The turns that exist, by the id asked for, which may be an alias."""
@@ -108,8 +121,44 @@ class Catalog:
         with self._transaction("BEGIN") as db:
             return _turn_records(db, db.execute(sql.LIST_TURNS, parameters).fetchall())
 
-    def search_text(self, query: str, scope: Scope, fingerprint: Fingerprint, limit: int) -> list[TextHit]:
-        """The ``limit`` turns in ``scope`` whose text answers ``query`` best by BM25, best first.
+    def neighbours(self, turn: TurnRecord, num_turns: int) -> list[TurnRecord]:
+        """Up to ``num_turns`` turns just before and just after this one in its session, oldest first.
+
+        None without a session. Whether their agents may be seen is for the caller to check.
+        """
+        parameters = {
+            "namespace": turn.scope.namespace,
+            "user_id": turn.scope.user_id,
+            "session_id": turn.scope.session_id,
+            "created": turn.created,
+            "turn_id": turn.turn_id,
+            "limit": _checked_limit(num_turns),
+        }
+        with self._transaction("BEGIN") as db:
+            before = db.execute(sql.TURNS_BEFORE, parameters).fetchall()
+            after = db.execute(sql.TURNS_AFTER, parameters).fetchall()
+            return _turn_records(db, [*reversed(before), *after])
+
+    def turn_ids(self, scope: Scope, only: TurnFilter) -> frozenset[TurnId]:
+        """All turns that ``scope`` and ``only`` admit."""
+        parameters = {
+            "namespace": scope.namespace,
+            "user_id": scope.user_id,
+            "agent_id": scope.agent_id,
+            "session_id": scope.session_id,
+            **rows.filter_to_row(only),
+        }
+        return frozenset(turn_id for (turn_id,) in self._fetch_all(sql.FILTERED_TURNS, parameters))
+
+    def search_text(
+        self,
+        query: str,
+        scope: Scope,
+        fingerprint: Fingerprint,
+        limit: int,
+        only: TurnFilter = EVERY_TURN,
+    ) -> list[TextHit]:
+        """The ``limit`` turns in ``scope`` and ``only`` that answer ``query`` best by BM25, best first.
 
         ``query`` is free text; a turn needs one of its words. Only turns of the model ``fingerprint`` with
         a usable chunk are found; a text stored more than once counts once, as its newest copy. Words are
@@ -117,7 +166,7 @@ class Catalog:
         """
         _checked_limit(limit)
         with self._transaction("BEGIN") as db:
-            return documents.search(db, query, scope, fingerprint, limit)
+            return documents.search(db, query, scope, fingerprint, limit, only)
 
     def known_turns(self, ids: Iterable[TurnId]) -> frozenset[TurnId]:
         """Which of these ids are durable, as a turn or as an alias of one."""
@@ -170,6 +219,11 @@ class Catalog:
         parameters = (fingerprint, namespace, seq, _checked_limit(limit))
         return [rows.change_from_row(row) for row in self._fetch_all(sql.CHANGES_SINCE, parameters)]
 
+    def sketches(self, keys: Iterable[ChunkKey]) -> dict[ChunkKey, bytes]:
+        """Keys of the tokens of these chunks, where they are stored."""
+        found = self._fetch_all(sql.SKETCHES, (rows.json_list(keys),))
+        return {ChunkKey(key): data for key, data in found}
+
     def last_seq(self, fingerprint: Fingerprint, namespace: str) -> int:
         """Number of the newest change, 0 without any."""
         row = self._fetch_one(sql.LAST_SEQ, (fingerprint, namespace))
@@ -221,7 +275,7 @@ class Catalog:
                 db.rollback()
                 raise
 
-    def _fetch_all(self, statement: str, parameters: Sequence[Any]) -> list[rows.Row]:
+    def _fetch_all(self, statement: str, parameters: Sequence[Any] | Mapping[str, Any]) -> list[rows.Row]:
         with self._connection() as db:
             return db.execute(statement, parameters).fetchall()
 

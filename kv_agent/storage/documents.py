@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from kv_agent.chunks import ChunkKey, Fingerprint, Scope, TurnId
+from kv_agent.chunks import ChunkKey, Fingerprint, Scope, TurnFilter, TurnId
 from kv_agent.storage import rows
 from kv_agent.storage import statements as sql
 from kv_agent.storage.schema import Database
@@ -31,13 +31,19 @@ class TextHit:
     score: float
 
 
-def search(db: Database, query: str, scope: Scope, fingerprint: Fingerprint, limit: int) -> list[TextHit]:
+def search(
+    db: Database, query: str, scope: Scope, fingerprint: Fingerprint, limit: int, only: TurnFilter
+) -> list[TextHit]:
     """See :meth:`kv_agent.storage.catalog.Catalog.search_text`."""
     admitted = _admitted(scope, fingerprint)
     terms = _rarest(db, query_terms(query), admitted)
     if not terms:
         return []
-    found = db.execute(sql.SEARCH_TEXT, (_match(admitted, terms), limit))
+    parameters = {"match": _match(admitted, terms), "limit": limit}
+    if only.admits_all:
+        found = db.execute(sql.SEARCH_TEXT, parameters)
+    else:
+        found = db.execute(sql.SEARCH_FILTERED_TEXT, parameters | rows.filter_to_row(only))
     return [TextHit(turn_id=turn_id, score=score) for turn_id, score in found]
 
 

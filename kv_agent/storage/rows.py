@@ -14,6 +14,7 @@ from kv_agent.chunks import (
     Fingerprint,
     IndexChange,
     Scope,
+    TurnFilter,
     TurnId,
     TurnRecord,
     token_bytes,
@@ -49,6 +50,10 @@ def turn_to_row(turn: TurnRecord) -> dict[str, Any]:
         "created": turn.created,
         "metadata": json.dumps(dict(turn.metadata)),
     }
+
+
+def filter_to_row(only: TurnFilter) -> dict[str, Any]:
+    return {"since": only.since, "until": only.until, "metadata": json.dumps(dict(only.metadata))}
 
 
 TURN_COLUMNS = (

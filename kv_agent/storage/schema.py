@@ -43,7 +43,12 @@ def m002_text_search(db: Database) -> None:
         )
 
 
-MIGRATIONS: tuple[Callable[[Database], None], ...] = (m001_initial, m002_text_search)
+def m003_sketches(db: Database) -> None:
+    """Keys of single tokens, see ``retrieval/sketches.py``; chunks stored before have none."""
+    db.execute(_M003)
+
+
+MIGRATIONS: tuple[Callable[[Database], None], ...] = (m001_initial, m002_text_search, m003_sketches)
 
 _USES_FTS5 = "SELECT fts5_source_id()"
 
@@ -219,6 +224,12 @@ _M002 = (
     # them, so this tokenizer has only to split at spaces.
     "CREATE VIRTUAL TABLE turn_words USING fts5 (scope, words, tokenize = 'ascii')",
 )
+_M003 = """
+    CREATE TABLE sketches (
+        chunk_key TEXT PRIMARY KEY REFERENCES chunks (key) ON DELETE CASCADE,
+        keys BLOB NOT NULL
+    )
+"""
 _M002_TURNS = """
     SELECT t.turn_id, t.fingerprint, t.namespace, t.user_id, t.agent_id, t.session_id, t.text,
            (SELECT json_group_array(content_key) FROM (

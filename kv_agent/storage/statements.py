@@ -28,6 +28,8 @@ REVIVE_CHUNK = """
     WHERE key = :key
 """
 SET_MISSING_VECTOR = "UPDATE chunks SET vector = ? WHERE key = ? AND vector IS NULL"
+INSERT_SKETCH = "INSERT OR IGNORE INTO sketches (chunk_key, keys) VALUES (?, ?)"
+SKETCHES = "SELECT chunk_key, keys FROM sketches WHERE chunk_key IN (SELECT value FROM json_each(?))"
 UNKNOWN_CHUNKS = """
     SELECT DISTINCT value FROM json_each(:keys)
     WHERE NOT EXISTS (
@@ -81,6 +83,16 @@ LIST_TURNS = f"""
     ORDER BY t.created DESC, t.turn_id DESC LIMIT :limit
 """
 
+_BESIDE = f"""
+    SELECT {TURN_COLUMNS} FROM turns t
+    WHERE t.namespace = :namespace AND t.user_id = :user_id AND t.session_id = :session_id
+        AND (t.created, t.turn_id) {{order}} (:created, :turn_id)
+        AND EXISTS (SELECT 1 FROM turn_chunks c WHERE c.turn_id = t.turn_id AND c.role = 'content')
+    ORDER BY t.created {{direction}}, t.turn_id {{direction}} LIMIT :limit
+"""
+TURNS_BEFORE = _BESIDE.format(order="<", direction="DESC")
+TURNS_AFTER = _BESIDE.format(order=">", direction="ASC")
+
 # Documents of the text search
 _IS_LIVE_CONTENT = "tc.role = 'content' AND c.quarantine_reason IS NULL"
 TURNS_WITHOUT_DOCUMENT = f"""
@@ -107,18 +119,38 @@ DEAD_DOCUMENTS = f"""
 DELETE_WORDS = "DELETE FROM turn_words WHERE rowid = ?"
 DELETE_DOCUMENT = "DELETE FROM turn_docs WHERE doc_id = ?"
 COUNT_DOCUMENTS = "SELECT count(*) FROM turn_words WHERE turn_words MATCH ?"
+# What a TurnFilter admits; in JSON, true is 1 to SQLite.
+_IS_WANTED = """
+    (:since IS NULL OR t.created >= :since) AND (:until IS NULL OR t.created < :until)
+    AND NOT EXISTS (
+        SELECT 1 FROM json_each(:metadata) wanted WHERE NOT EXISTS (
+            SELECT 1 FROM json_each(t.metadata) had
+            WHERE had.key = wanted.key AND had.value = wanted.value
+                AND (had.type IN ('true', 'false')) = (wanted.type IN ('true', 'false'))))
+"""
+FILTERED_TURNS = f"""
+    SELECT t.turn_id FROM turns t
+    WHERE t.namespace = :namespace AND t.user_id = :user_id
+        AND (:agent_id IS NULL OR t.agent_id = :agent_id)
+        AND (:session_id IS NULL OR t.session_id = :session_id)
+        AND {_IS_WANTED}
+"""
 # The rank of FTS5 is BM25 with its sign turned; weight 0: scope words only select. Of copies of one text the
 # newest is kept, with the score of the best, as a search of an index does.
-SEARCH_TEXT = """
+_SEARCH_TEXT = """
     WITH found AS (
         SELECT max(d.doc_id) AS doc_id, max(-w.rank) AS score
-        FROM turn_words w CROSS JOIN turn_docs d ON d.doc_id = w.rowid
-        WHERE w.turn_words MATCH ? AND w.rank MATCH 'bm25(0.0, 1.0)'
-        GROUP BY d.copy_key ORDER BY score DESC, doc_id DESC LIMIT ?
+        FROM turn_words w CROSS JOIN turn_docs d ON d.doc_id = w.rowid {join}
+        WHERE w.turn_words MATCH :match AND w.rank MATCH 'bm25(0.0, 1.0)' {which}
+        GROUP BY d.copy_key ORDER BY score DESC, doc_id DESC LIMIT :limit
     )
     SELECT d.turn_id, f.score FROM found f JOIN turn_docs d ON d.doc_id = f.doc_id
     ORDER BY f.score DESC, f.doc_id DESC
 """
+SEARCH_TEXT = _SEARCH_TEXT.format(join="", which="")
+SEARCH_FILTERED_TEXT = _SEARCH_TEXT.format(
+    join="CROSS JOIN turns t ON t.turn_id = d.turn_id", which=f"AND {_IS_WANTED}"
+)
 
 # Forgetting; entries and their changes go first
 CHUNKS_OF_TURNS = """

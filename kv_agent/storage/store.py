@@ -32,7 +32,8 @@ _PUT_ATTEMPTS = 3
 class NewChunk:
     """A chunk to be stored: ``kv`` is contiguous ``[L, 2, T, H, D]`` on the CPU.
 
-    Whoever passes it on no longer modifies ``kv``. ``vector``: little-endian float32, or ``None``.
+    Whoever passes it on no longer modifies ``kv``. A chunk that can be found has its pooled keys as
+    ``vector`` (little-endian float32) and those of its tokens as ``sketch``.
     """
 
     key: ChunkKey
@@ -42,6 +43,7 @@ class NewChunk:
     token_ids: tuple[int, ...]
     kv: Tensor
     vector: bytes | None
+    sketch: bytes | None = None
 
     def __post_init__(self) -> None:
         if self.kv.dim() != 5 or self.kv.shape[2] != len(self.token_ids):
@@ -161,6 +163,7 @@ class LocalStore:
                 [records.get(chunk.key, chunk.key) for chunk in context],
                 [records[chunk.key] for chunk in content if chunk.key in records],
                 {key: chunk.vector for key, chunk in chunks.items() if chunk.vector is not None},
+                {key: chunk.sketch for key, chunk in chunks.items() if chunk.sketch is not None},
             )
         except (StorageError, ValueError):
             self._delete_unused([blob] if new else [])

@@ -39,6 +39,7 @@ def add_turn(
     context: Sequence[ChunkRecord | ChunkKey],
     chunks: Sequence[ChunkRecord],
     vectors: Mapping[ChunkKey, bytes],
+    sketches: Mapping[ChunkKey, bytes],
 ) -> AddResult:
     """See :meth:`kv_agent.storage.catalog.Catalog.add_turn`."""
     records = [*(item for item in context if isinstance(item, ChunkRecord)), *chunks]
@@ -50,6 +51,7 @@ def add_turn(
     _require_known(db, turn, keys)
     late_vectors = [(vector, key) for key, vector in vectors.items() if key in keys]
     db.executemany(sql.SET_MISSING_VECTOR, late_vectors)
+    db.executemany(sql.INSERT_SKETCH, [(key, data) for key, data in sketches.items() if key in keys])
     turn_id, new_turn = _put_turn(db, turn, context_keys)
     _add_missing_entries(db, keys)
     documents.add_missing(db, keys)

@@ -72,7 +72,7 @@ class CaptureJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeJob:
-    """Pool the keys of prompt tokens ``[start, end)``, which are in the cache after this step."""
+    """Read the keys of prompt tokens ``[start, end)``, which are in the cache after this step."""
 
     request_id: str
     block_ids: tuple[int, ...]

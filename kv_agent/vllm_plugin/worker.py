@@ -15,7 +15,8 @@ from torch import Tensor
 from kv_agent.chunks import ChunkRecord, TurnId, TurnRecord
 from kv_agent.errors import CorruptChunkError, StorageError
 from kv_agent.kv.rope import RotaryScheme, rotate_keys
-from kv_agent.retrieval.pooling import pool_keys, to_bytes
+from kv_agent.retrieval.pooling import pool_keys, to_bytes, token_keys
+from kv_agent.retrieval.sketches import to_sketch
 from kv_agent.storage.blobs import MissingBlobError
 from kv_agent.storage.lru import ChunkCache
 from kv_agent.storage.store import LocalStore, NewChunk
@@ -111,7 +112,7 @@ class WorkerSide:
                 self._finish_load(loading)
 
     def save(self, jobs: StepJobs) -> None:
-        """After the forward pass: pool probed keys and copy finished turns off the cache."""
+        """After the forward pass: read probed keys and copy finished turns off the cache."""
         for probe in jobs.probes:
             attempt(partial(self._probe, probe), None)
         for capture in jobs.captures:
@@ -211,9 +212,10 @@ class WorkerSide:
 
     def _probe(self, job: ProbeJob) -> None:
         kv_L2THD = self._cache.read(job.block_ids, job.start, job.end, self._pooled_layers)
-        vector = to_bytes(pool_keys(kv_L2THD[:, 0], job.start, self._scheme, range(len(kv_L2THD))))
+        keys_TV = token_keys(kv_L2THD[:, 0], job.start, self._scheme, range(len(kv_L2THD)))
+        sketch = to_sketch(keys_TV)
         with self._report_lock:
-            self._report.probes[job.request_id] = vector
+            self._report.probes[job.request_id] = sketch
 
     def _capture(self, job: CaptureJob) -> str | None:
         """Copy and queue the turn's new tokens; returns why it could not, if so."""
@@ -227,17 +229,18 @@ class WorkerSide:
         kv_L2THD = self._cache.read(job.block_ids, start, end)
 
         def store() -> None:
-            context = [self._new_chunk(part, kv_L2THD, start, pooled=False) for part in job.context]
-            content = [self._new_chunk(part, kv_L2THD, start, pooled=True) for part in job.content]
+            context = [self._new_chunk(part, kv_L2THD, start, found=False) for part in job.context]
+            content = [self._new_chunk(part, kv_L2THD, start, found=True) for part in job.content]
             self._store_turn(job, context, content)
 
         return self._submit(job, num_bytes, store)
 
-    def _new_chunk(self, part: Segment, kv_L2THD: Tensor, first: int, *, pooled: bool) -> NewChunk:
+    def _new_chunk(self, part: Segment, kv_L2THD: Tensor, first: int, *, found: bool) -> NewChunk:
         part_L2THD = kv_L2THD[:, :, part.start - first : part.end - first].contiguous()
-        vector = None
-        if pooled:
-            vector = to_bytes(pool_keys(part_L2THD[:, 0], part.start, self._scheme, self._pooled_layers))
+        vector = sketch = None
+        if found:
+            keys_TV = token_keys(part_L2THD[:, 0], part.start, self._scheme, self._pooled_layers)
+            vector, sketch = to_bytes(pool_keys(keys_TV)), to_sketch(keys_TV)
         return NewChunk(
             key=part.key,
             content_key=part.content_key,
@@ -246,6 +249,7 @@ class WorkerSide:
             token_ids=part.token_ids,
             kv=part_L2THD,
             vector=vector,
+            sketch=sketch,
         )
 
     def _store_turn(self, job: CaptureJob, context: Sequence[NewChunk], content: Sequence[NewChunk]) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from kv_agent import AgentMemory, CacheManager, ConfigError, KVAgentError, Scope
 from kv_agent.chunks import Fingerprint
 from kv_agent.engines.base import Call, Completion
 from kv_agent.engines.vllm_local import VllmEngine
-from kv_agent.retrieval.pooling import from_bytes
+from kv_agent.retrieval.sketches import from_sketch
 from kv_agent.storage.catalog import Catalog
 from tests.engine import support
 
@@ -330,7 +331,7 @@ def test_memories_that_do_not_fit_are_left_out_worst_first(manager: CacheManager
     assert answer.reuse.exact + answer.reuse.adapted == sum(m.tokens for m in answer.memories)
 
 
-def test_a_probe_returns_the_mean_of_the_models_own_keys(manager: CacheManager) -> None:
+def test_a_probe_returns_the_models_own_keys(manager: CacheManager) -> None:
     token_ids = manager.prompts.fresh("Where does Mara Dubois live?").token_ids
     start, end = 2, len(token_ids) - 1
     completion = manager.run(
@@ -344,19 +345,64 @@ def test_a_probe_returns_the_mean_of_the_models_own_keys(manager: CacheManager) 
 
     model = AutoModelForCausalLM.from_pretrained(support.RECALL_MODEL, dtype=torch.float32).eval()
     keys: list[torch.Tensor] = []
-    hooks = []
-    for layer in model.model.layers[:2]:
-        last = getattr(layer.self_attn, "k_norm", layer.self_attn.k_proj)  # what RoPE is applied to
-        hooks.append(last.register_forward_hook(lambda _m, _i, out: keys.append(out[0].flatten(1))))
+    attention = model.model.layers[0].self_attn
+    # What RoPE is applied to.
+    last = getattr(attention, "k_norm", attention.k_proj)
+    hook = last.register_forward_hook(lambda _m, _i, out: keys.append(out[0].flatten(1)))
     with torch.no_grad():
         model(torch.tensor([token_ids]))
-    for hook in hooks:
-        hook.remove()
-    expected = torch.cat([layer_keys[start:end].mean(0) for layer_keys in keys])
+    hook.remove()
+    (expected,) = (layer_keys[start:end] for layer_keys in keys)
     assert completion.probe is not None
-    probe = torch.tensor(from_bytes(completion.probe))
-    torch.testing.assert_close(probe, expected, atol=2e-4, rtol=1e-3)
+    probe = torch.tensor(from_sketch(completion.probe))
+    rounding = expected.abs().amax(1, keepdim=True) / 127
+    assert ((probe - expected).abs() <= 0.51 * rounding + 2e-4).all()
     assert completion.turn_id is None
+
+
+def test_every_mode_finds_the_fact_among_others_and_says_how(manager: CacheManager) -> None:
+    memory = AgentMemory(manager, user_id="modes")
+    facts = {
+        "Mara Dubois": "Mara Dubois lives in Oslo.",
+        "Noor Petrov": "Noor Petrov wears badge 4711.",
+        "Noble Raven": "Project Noble Raven takes place in Lisbon.",
+        "Ida Castillo": "The favorite food of Ida Castillo is soup.",
+    }
+    for fact in facts.values():
+        memory.store(fact, REPLY)
+
+    for mode in ("latent", "lexical", "hybrid"):
+        for name, fact in facts.items():
+            best, *others = memory.retrieve(f"What about {name}?", top_k=4, mode=mode, explain=True)  # type: ignore[arg-type]
+            assert fact in best.text, (mode, name)
+            assert set(best.voices) == ({"latent", "lexical"} if mode == "hybrid" else {mode})
+            assert all(voice.rank == 1 for voice in best.voices.values())
+            assert all(other.score <= best.score for other in others)
+    assert memory.retrieve("What about Noor?")[0].voices == {}
+
+
+def test_neighbours_come_behind_what_was_found_within_what_may_be_read(manager: CacheManager) -> None:
+    one = AgentMemory(manager, user_id="beside", agent_id="one", session_id="s")
+    two = AgentMemory(manager, user_id="beside", agent_id="two", session_id="s")
+    said = ["The weather is fine.", "Mara Dubois lives in Oslo.", "Now something else.", "And good bye."]
+    for number, text in enumerate(said):
+        (two if number == 2 else one).store(text, REPLY)
+
+    def found(memory: AgentMemory, **options: Any) -> list[tuple[str, bool]]:
+        memories = memory.retrieve("Where does Mara Dubois live?", top_k=1, **options)
+        texts = [next(text for text in said if text in memory.text) for memory in memories]
+        return [(text, memory.neighbour_of is None) for text, memory in zip(texts, memories, strict=True)]
+
+    assert found(one) == [(said[1], True)]
+    assert found(one, neighbours=1) == [(said[1], True), (said[0], False), (said[2], False)]
+    assert [text for text, _ in found(one, neighbours=9)] == [said[1], said[0], said[2], said[3]]
+    alone = AgentMemory(manager, user_id="beside", agent_id="one", session_id="s", share="agent")
+    assert [text for text, _ in found(alone, neighbours=9)] == [said[1], said[0], said[3]]
+    answer = one.generate("Where does Mara Dubois live?", top_k=1, neighbours=1, max_tokens=4, store=False)
+    assert len(answer.memories) == 3
+    assert answer.reuse.exact + answer.reuse.adapted == sum(memory.tokens for memory in answer.memories)
+    with pytest.raises(ConfigError, match="neighbours"):
+        one.retrieve("Where?", neighbours=-1)
 
 
 def test_the_quick_start_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from kv_agent.chunks import ChunkRecord, Scope, TurnId
+from kv_agent.chunks import ChunkRecord, Scope, TurnFilter, TurnId
 from kv_agent.errors import ConfigError
 from kv_agent.retrieval.engine import RetrievalEngine
 from kv_agent.retrieval.pooling import to_bytes
-from kv_agent.searching import find_turns
+from kv_agent.retrieval.sketches import to_sketch
+from kv_agent.searching import Found, Library, Request, find_turns
 from kv_agent.storage.catalog import Catalog
 from tests.unit.storage.builders import FINGERPRINT, chain, record_of, turn_of
 
@@ -23,19 +23,21 @@ QUERY = "Where does Mara live?"
 QUERY_VECTOR = np.array([1, 0, 0], dtype=np.float32)
 
 
-class FakeManager:
-    """What searching needs of a ``CacheManager``."""
-
-    fingerprint = FINGERPRINT
+class Shelf:
+    """A library whose turns have keys by hand."""
 
     def __init__(self, root: Path) -> None:
-        self.store = SimpleNamespace(catalog=Catalog(root / "c"))
-        self.index = RetrievalEngine(self.store.catalog, FINGERPRINT, None)
-        self.num_waits = 0
+        catalog = Catalog(root / "c")
+        self.library = Library(
+            catalog=catalog,
+            index=RetrievalEngine(catalog, FINGERPRINT, None),
+            fingerprint=FINGERPRINT,
+        )
         self.num_probes = 0
 
-    def wait_durable(self) -> None:
-        self.num_waits += 1
+    @property
+    def catalog(self) -> Catalog:
+        return self.library.catalog
 
     def probe(self, query: str) -> np.ndarray[Any, np.dtype[np.float32]]:
         assert query == QUERY
@@ -51,100 +53,180 @@ class FakeManager:
         scope: Scope | None = None,
         content: list[ChunkRecord] | None = None,
         created: float = 0.0,
+        metadata: dict[str, Any] | None = None,
     ) -> list[ChunkRecord]:
-        seed = self.store.catalog.stats()["turns"]
+        seed = self.catalog.stats()["turns"]
         content = content or [record_of(chunk, scope) for chunk in chain(2, seed=seed, scope=scope)]
-        turn = dataclasses.replace(turn_of(content, turn_id, scope, created), text=text)
-        data = to_bytes(np.array(vector, dtype=np.float32))
-        self.store.catalog.add_turn(turn, [], content, {chunk.key: data for chunk in content})
+        turn = dataclasses.replace(
+            turn_of(content, turn_id, scope, created), text=text, metadata=metadata or {}
+        )
+        keys = np.array([vector], dtype=np.float32)
+        vectors = {chunk.key: to_bytes(keys) for chunk in content}
+        sketches = {chunk.key: to_sketch(keys) for chunk in content}
+        self.catalog.add_turn(turn, [], content, vectors, sketches)
         return content
 
-    def find(self, mode: Any = "hybrid", top_k: int = 5, scope: Scope | None = None) -> dict[TurnId, float]:
-        return find_turns(self, self.probe, QUERY, scope or Scope(), top_k, mode)  # type: ignore[arg-type]
+    def search(
+        self, mode: Any = "hybrid", top_k: int = 5, scope: Scope | None = None, **only: Any
+    ) -> list[Found]:
+        request = Request(
+            query=QUERY, scope=scope or Scope(), top_k=top_k, mode=mode, only=TurnFilter(**only)
+        )
+        return find_turns(self.library, self.probe, request)
+
+    def find(self, *args: Any, **kwargs: Any) -> dict[TurnId, float]:
+        return {one.turn.turn_id: one.score for one in self.search(*args, **kwargs)}
 
 
 @pytest.fixture
-def manager(tmp_path: Path) -> Iterator[FakeManager]:
-    manager = FakeManager(tmp_path)
-    yield manager
-    manager.store.catalog.close()
+def shelf(tmp_path: Path) -> Iterator[Shelf]:
+    shelf = Shelf(tmp_path)
+    yield shelf
+    shelf.catalog.close()
 
 
-def fill(manager: FakeManager, num_others: int = 30) -> None:
-    manager.add("by words", "Mara lives in Oslo, said Mara.", (-1, 1, 0))
-    manager.add("by keys", "She moved to Norway.", (1, 0, 0))
-    manager.add("by both", "Mara went to Oslo.", (1, 0.2, 0))
+def fill(shelf: Shelf, num_others: int = 30) -> None:
+    shelf.add("by words", "Mara lives in Oslo, said Mara.", (-1, 1, 0))
+    shelf.add("by keys", "She moved to Norway.", (1, 0, 0))
+    shelf.add("by both", "Mara went to Oslo.", (1, 0.2, 0))
     for number in range(num_others):
-        manager.add(f"other-{number}", f"Something else, number {number}.", (-1, 0, number % 7 + 1))
+        shelf.add(f"other-{number}", f"Something else, number {number}.", (-1, 0, number % 7 + 1))
 
 
-def test_lexical_finds_by_words_and_asks_no_engine(manager: FakeManager) -> None:
-    fill(manager)
+def test_lexical_finds_by_words_and_asks_no_engine(shelf: Shelf) -> None:
+    fill(shelf)
 
-    assert list(manager.find("lexical")) == ["by words", "by both"]
-    assert manager.num_probes == 0
-    hits = manager.store.catalog.search_text(QUERY, Scope(), FINGERPRINT, 5)
-    assert manager.find("lexical") == {hit.turn_id: hit.score for hit in hits}
-
-
-def test_latent_finds_by_keys_alone(manager: FakeManager) -> None:
-    fill(manager)
-
-    assert list(manager.find("latent", top_k=2)) == ["by keys", "by both"]
-    hits = manager.index.search(QUERY_VECTOR, Scope(), 2)
-    assert manager.find("latent", top_k=2) == {hit.turn_id: hit.score for hit in hits}
+    assert list(shelf.find("lexical")) == ["by words", "by both"]
+    assert shelf.num_probes == 0
+    hits = shelf.catalog.search_text(QUERY, Scope(), FINGERPRINT, 5)
+    assert shelf.find("lexical") == {hit.turn_id: hit.score for hit in hits}
 
 
-def test_hybrid_takes_words_first_and_fills_up_by_keys(manager: FakeManager) -> None:
-    fill(manager)
+def test_latent_finds_by_keys_alone(shelf: Shelf) -> None:
+    fill(shelf)
 
-    assert list(manager.find(top_k=3).items()) == [("by words", 1.0), ("by both", 1 / 2), ("by keys", 1 / 3)]
-
-
-def test_hybrid_asks_no_engine_when_words_find_enough(manager: FakeManager) -> None:
-    fill(manager)
-
-    assert list(manager.find(top_k=2)) == list(manager.find("lexical", top_k=2))
-    assert manager.num_probes == 0
+    assert list(shelf.find("latent", top_k=2)) == ["by keys", "by both"]
+    hits = shelf.library.index.search(QUERY_VECTOR, Scope(), 2)
+    assert shelf.find("latent", top_k=2) == {hit.turn_id: hit.score for hit in hits}
 
 
-def test_hybrid_without_a_word_in_common_is_latent(manager: FakeManager) -> None:
-    manager.add("a", "Oslo", (1, 0, 0))
-    manager.add("b", "Bergen", (0, 1, 0))
+def test_hybrid_adds_up_reciprocal_ranks_and_says_what_each_voice_thought(shelf: Shelf) -> None:
+    fill(shelf)
 
-    assert list(manager.find("hybrid")) == list(manager.find("latent")) == ["a", "b"]
+    found = {one.turn.turn_id: one for one in shelf.search(top_k=3)}
+    lexical = list(shelf.find("lexical", top_k=100))
+    latent = list(shelf.find("latent", top_k=100))
+    assert lexical == ["by words", "by both"]
+    assert set(found) == {"by both", "by keys", "by words"}
+    assert next(iter(found)) == "by both"  # high in both
+    for turn_id, one in found.items():
+        ranks = [ranking.index(turn_id) + 1 for ranking in (lexical, latent) if turn_id in ranking]
+        assert one.score == pytest.approx(sum(1 / (60 + rank) for rank in ranks))
+        assert sorted(voice.rank for voice in one.voices.values()) == sorted(ranks)
+    assert "lexical" not in found["by keys"].voices
+    bm25 = {hit.turn_id: hit.score for hit in shelf.catalog.search_text(QUERY, Scope(), FINGERPRINT, 9)}
+    assert found["by words"].voices["lexical"].score == bm25[TurnId("by words")]
+
+
+def test_what_words_find_is_compared_by_keys_however_far_it_is(shelf: Shelf) -> None:
+    """Keys alone look at some hundred chunks only."""
+    shelf.add("far", "Mara", (-1, -1, 0.5))
+    for number in range(900):
+        shelf.add(f"near-{number}", f"Something {number}", (1, number / 900, 0))
+
+    assert "far" not in shelf.find("latent", top_k=200)
+    assert [one.turn.turn_id for one in shelf.search(top_k=200) if "lexical" in one.voices] == ["far"]
+
+
+def test_among_equals_the_newer_comes_first(shelf: Shelf) -> None:
+    for turn_id, text, created in (("b", "Oslo one", 2.0), ("c", "Oslo two", 3.0), ("a", "Oslo three", 1.0)):
+        shelf.add(turn_id, text, (1, 0, 0), created=created)
+
+    assert list(shelf.find("latent")) == ["c", "b", "a"]
+
+
+def test_of_near_duplicates_the_newest_stands_for_all(shelf: Shelf) -> None:
+    said = "Mara does live in the yellow house by the river with two cats and a dog, number"
+    for number in range(6):
+        shelf.add(f"again-{number}", f"{said} {number}", (1, 0, number / 100), created=float(number))
+    shelf.add("other", "Mara does not live in Bergen", (0.5, 1, 0), created=9.0)
+
+    assert set(shelf.find(top_k=2)) == {"again-5", "other"}
+    assert set(shelf.find(top_k=7)) == {"other", *(f"again-{number}" for number in range(6))}
 
 
 @pytest.mark.parametrize("mode", ["hybrid", "latent", "lexical"])
-def test_every_mode_stays_in_scope_and_waits_for_what_was_stored(manager: FakeManager, mode: str) -> None:
-    fill(manager)
-    mine = Scope(user_id="me", session_id="s")
-    manager.add("mine", "Mara does live somewhere.", (0, 1, 0), scope=mine)
-    manager.add("mine, elsewhere", "Where Mara does live", (1, 0, 0), scope=Scope(user_id="me"))
+def test_time_and_metadata_narrow_every_mode(shelf: Shelf, mode: str) -> None:
+    vectors = [(1, 0, 0), (1, 0.5, 0), (1, 0, 0.5), (0, 1, 1)]
+    for day, (topic, vector) in enumerate(zip(["a", "b", "a", "b"], vectors, strict=True)):
+        metadata = {"topic": topic, "day": day, "free": day == 1, "half": day / 2}
+        shelf.add(f"day {day}", f"Mara, {day}", vector, created=float(day), metadata=metadata)
 
-    assert list(manager.find(mode, scope=mine)) == ["mine"]
-    assert manager.find(mode, scope=Scope(user_id="nobody")) == {}
-    assert manager.num_waits == 2
+    def days(**only: Any) -> set[str]:
+        return {turn_id.removeprefix("day ") for turn_id in shelf.find(mode, **only)}
+
+    assert days(since=1.0) == set("123")
+    assert days(until=1.0) == set("0")
+    assert days(since=1.0, until=3.0) == set("12")
+    assert days(metadata={"topic": "a"}) == set("02")
+    assert days(metadata={"topic": "a", "day": 2}) == set("2")
+    assert days(metadata={"day": 1.0}) == set("1")
+    assert days(metadata={"half": 0.5}) == set("1")
+    assert days(metadata={"free": True}) == set("1")
+    assert days(metadata={"day": True}) == days(metadata={"free": 1}) == set()
+    assert days(metadata={"topic": "c"}) == days(metadata={"nothing": "a"}) == days(since=9.0) == set()
+    assert days(metadata={"topic": "a"}, scope=Scope(user_id="other")) == set()
+
+
+def test_a_narrow_filter_finds_what_is_far_from_the_query(shelf: Shelf) -> None:
+    shelf.add("far", "Nothing alike", (-1, -1, 0.5), metadata={"kind": "rare"})
+    for number in range(900):
+        shelf.add(f"near-{number}", f"Something {number}", (1, number / 900, 0))
+
+    assert list(shelf.find("latent", metadata={"kind": "rare"})) == ["far"]
+
+
+def test_hybrid_without_a_word_in_common_is_latent(shelf: Shelf) -> None:
+    shelf.add("a", "Oslo", (1, 0, 0))
+    shelf.add("b", "Bergen", (0, 1, 0))
+
+    assert list(shelf.find("hybrid")) == list(shelf.find("latent")) == ["a", "b"]
+
+
+@pytest.mark.parametrize("mode", ["hybrid", "latent", "lexical"])
+def test_every_mode_stays_in_scope(shelf: Shelf, mode: str) -> None:
+    fill(shelf)
+    mine = Scope(user_id="me", session_id="s")
+    shelf.add("mine", "Mara does live somewhere.", (0, 1, 0), scope=mine)
+    shelf.add("mine, elsewhere", "Where Mara does live", (1, 0, 0), scope=Scope(user_id="me"))
+
+    assert list(shelf.find(mode, scope=mine)) == ["mine"]
+    assert shelf.find(mode, scope=Scope(user_id="nobody")) == {}
 
 
 @pytest.mark.parametrize("revived", [False, True])
-def test_both_rankings_keep_the_same_copy(manager: FakeManager, revived: bool) -> None:
+def test_both_rankings_keep_the_same_copy(shelf: Shelf, revived: bool) -> None:
     """Names against the order of time: nothing but the time of storing says which copy is newest."""
-    content = manager.add("z", "Mara", (1, 0, 0), scope=Scope(session_id="s"), created=1.0)
-    manager.add("b", "Mara", (1, 0, 0), scope=Scope(session_id="t"), content=content, created=2.0)
-    manager.add("a", "Mara", (1, 0, 0), scope=Scope(session_id="u"), content=content, created=3.0)
+    content = shelf.add("z", "Mara", (1, 0, 0), scope=Scope(session_id="s"), created=1.0)
+    shelf.add("b", "Mara", (1, 0, 0), scope=Scope(session_id="t"), content=content, created=2.0)
+    shelf.add("a", "Mara", (1, 0, 0), scope=Scope(session_id="u"), content=content, created=3.0)
     if revived:
-        manager.store.catalog.quarantine(content[0].key, "checksum")
-        assert manager.find() == {}
-        manager.add("again", "Mara", (1, 0, 0), scope=Scope(session_id="t"), content=content, created=4.0)
+        shelf.catalog.quarantine(content[0].key, "checksum")
+        assert shelf.find() == {}
+        shelf.add("again", "Mara", (1, 0, 0), scope=Scope(session_id="t"), content=content, created=4.0)
 
-    assert [list(manager.find(mode)) for mode in ("latent", "lexical", "hybrid")] == [["a"]] * 3
+    assert [list(shelf.find(mode)) for mode in ("latent", "lexical", "hybrid")] == [["a"]] * 3
 
 
 @pytest.mark.parametrize(("mode", "top_k"), [("bm25", 5), (None, 5), ("hybrid", 0)])
-def test_a_bad_mode_or_number_is_refused_before_anything_is_done(
-    manager: FakeManager, mode: Any, top_k: int
-) -> None:
+def test_a_bad_mode_or_number_is_refused_before_anything_is_done(shelf: Shelf, mode: Any, top_k: int) -> None:
     with pytest.raises(ConfigError, match="mode must be" if top_k else "top_k must be >= 1"):
-        manager.find(mode, top_k)
-    assert (manager.num_waits, manager.num_probes) == (0, 0)
+        shelf.find(mode, top_k)
+    assert shelf.num_probes == 0
+
+
+@pytest.mark.parametrize("mode", ["hybrid", "latent", "lexical"])
+def test_an_empty_store_and_more_than_there_is_are_no_trouble(shelf: Shelf, mode: str) -> None:
+    assert shelf.find(mode) == {}
+    shelf.add("only", "Mara", (1, 0, 0))
+    assert list(shelf.find(mode, top_k=1000)) == ["only"]

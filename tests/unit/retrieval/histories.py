@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy.typing as npt
 
 from kv_agent.chunks import ChunkKey, ContentKey, Fingerprint, IndexChange, Scope, TurnId
 from kv_agent.retrieval.pooling import to_bytes
+from kv_agent.retrieval.sketches import to_sketch
 
 FINGERPRINT = Fingerprint("f" * 32)
 DIM = 12
@@ -102,6 +104,7 @@ class FakeFeed:
     """A catalog's history in a list."""
 
     changes: list[IndexChange] = field(default_factory=list)
+    tokens: dict[str, Vector] = field(default_factory=dict)  # [T, V] by chunk key
     num_calls: int = 0
 
     def changes_since(
@@ -110,3 +113,6 @@ class FakeFeed:
         assert fingerprint == FINGERPRINT
         self.num_calls += 1
         return [c for c in self.changes if c.seq > seq and c.scope.namespace == namespace][:limit]
+
+    def sketches(self, keys: Iterable[ChunkKey]) -> dict[ChunkKey, bytes]:
+        return {key: to_sketch(self.tokens[key]) for key in keys if key in self.tokens}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from kv_agent.chunks import IndexChange, Scope
+from kv_agent.chunks import ChunkKey, IndexChange, Scope
 from kv_agent.retrieval.engine import MemoryHit, RetrievalEngine
 from tests.unit.retrieval.histories import DIM, FINGERPRINT, FakeFeed, Vector, change, random_history
 
@@ -222,3 +223,62 @@ def test_threads_may_search_while_the_catalog_grows() -> None:
         thread.join()
     assert problems == []
     assert len(searching.search(QUERY, Scope(), 1000)) == 199
+
+
+def test_candidates_are_compared_token_by_token() -> None:
+    """Their means are alike; one has the token that was asked for."""
+    rng = np.random.default_rng(5)
+    feed = FakeFeed()
+    for number in range(1, 301):
+        tokens = rng.normal(size=(6, DIM)).astype(np.float32)
+        feed.changes.append(change(number, tokens.mean(axis=0), turn=f"turn{number}"))
+        feed.tokens[f"chunk{number}"] = tokens
+    asked = feed.tokens["chunk170"][2:4]
+    searching = engine(feed)
+    best, second, *_ = searching.search(asked, Scope(), 5)
+    assert best.turn_id == "turn170"
+    assert best.score > 3 * second.score
+    feed.tokens.clear()  # then only means are left
+    assert searching.search(asked, Scope(), 300)[0].score < best.score
+
+
+def test_turns_found_elsewhere_are_compared_however_far_their_mean_is() -> None:
+    rng = np.random.default_rng(6)
+    feed = FakeFeed()
+    for number in range(1, 1201):
+        tokens = rng.normal(size=(2, DIM)).astype(np.float32)
+        feed.changes.append(change(number, tokens.mean(axis=0), turn=f"turn{number}"))
+        feed.tokens[f"chunk{number}"] = tokens
+    query = rng.normal(size=(1, DIM)).astype(np.float32)
+    feed.tokens["chunk1201"] = np.concatenate([query, -9 * query])
+    feed.changes.append(change(1201, feed.tokens["chunk1201"].mean(axis=0), turn="far"))
+    searching = engine(feed)
+    assert "far" not in turns(searching.search(query, Scope(), 200))
+    assert turns(searching.search(query, Scope(), 200, also=["far", "unknown"]))[0] == "far"  # type: ignore[list-item]
+    assert turns(searching.search(query, Scope(), 9, only=["far", "turn5"])) == ["far", "turn5"]  # type: ignore[list-item]
+    assert turns(searching.search(query, Scope(), 9, also=["far"], only=["turn5"])) == ["turn5"]  # type: ignore[list-item]
+    assert searching.search(query, Scope(user_id="other"), 9, also=["far"]) == []  # type: ignore[list-item]
+
+
+def test_a_snapshot_keeps_the_space_and_the_background(tmp_path: Path) -> None:
+    rng = np.random.default_rng(8)
+    feed = FakeFeed()
+    for number in range(1, 41):
+        tokens = rng.normal(size=(3, DIM)).astype(np.float32)
+        feed.changes.append(change(number, tokens.mean(axis=0)))
+        feed.tokens[f"chunk{number}"] = tokens
+    query = feed.tokens["chunk9"]
+    first = engine(feed, tmp_path)
+    expected = first.search(query, Scope(), 40)
+    first.close()
+    assert engine(feed, tmp_path).search(query, Scope(), 40) == expected
+
+
+def test_a_damaged_sketch_costs_its_tokens_only(caplog: pytest.LogCaptureFixture) -> None:
+    class Damaged(FakeFeed):
+        def sketches(self, keys: Iterable[ChunkKey]) -> dict[ChunkKey, bytes]:
+            return dict.fromkeys(keys, b"\x01\x02")
+
+    feed = Damaged([change(1, QUERY, turn="a"), change(2, -QUERY, turn="b")])
+    assert turns(engine(feed).search(QUERY, Scope(), 5)) == ["a", "b"]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]

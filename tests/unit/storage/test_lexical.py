@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from kv_agent.chunks import ChunkKey, ChunkRecord, Fingerprint, Scope, TurnId, TurnRecord
 from kv_agent.errors import StorageError
-from kv_agent.storage import documents, schema
+from kv_agent.storage import documents, schema, statements
 from kv_agent.storage.catalog import Catalog
 from kv_agent.storage.words import query_terms, words
 from tests.unit.storage.builders import FINGERPRINT, chain, record_of, turn_of
@@ -471,6 +471,7 @@ def test_a_catalog_of_the_first_schema_gets_the_same_documents(
         first_release.setattr(schema, "MIGRATIONS", (schema.m001_initial,))
         first_release.setattr(documents, "add_missing", lambda db, keys: None)
         first_release.setattr(documents, "remove_dead", lambda db, key: None)
+        first_release.setattr(statements, "INSERT_SKETCH", statements.INSERT_ALIAS)  # a table that is there
         old = Catalog(tmp_path / "old")
         fill(old)
         old.close()

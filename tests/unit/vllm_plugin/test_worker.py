@@ -15,7 +15,8 @@ from torch import Tensor
 from kv_agent.chunks import ChunkKey, ChunkRecord, TurnId, TurnRecord
 from kv_agent.errors import StorageError
 from kv_agent.kv.rope import RotaryScheme, rotate_keys
-from kv_agent.retrieval.pooling import pool_keys, to_bytes
+from kv_agent.retrieval.pooling import pool_keys, to_bytes, token_keys
+from kv_agent.retrieval.sketches import from_sketch, to_sketch
 from kv_agent.storage.store import LocalStore, NewChunk
 from kv_agent.storage.turn_writes import AddResult
 from kv_agent.vllm_plugin import worker as worker_module
@@ -391,7 +392,9 @@ def test_content_is_found_by_its_pooled_keys_and_context_is_not(bench: Bench) ->
     captured = bench.kv(job.block_ids, 0, 16)
     bench.capture(job)
     pooled = {
-        one.key: to_bytes(pool_keys(captured[:, 0, one.start : one.end], one.start, SCHEME, POOLED))
+        one.key: to_bytes(
+            pool_keys(token_keys(captured[:, 0, one.start : one.end], one.start, SCHEME, POOLED))
+        )
         for one in job.content
     }
     assert bench.store.given_vectors == pooled | dict.fromkeys(one.key for one in job.context)
@@ -426,11 +429,11 @@ def test_a_turn_of_stored_chunks_alone_is_stored_and_holds_no_blocks(bench: Benc
 
 
 @pytest.mark.parametrize(("start", "end"), [(0, 16), (3, 4), (5, 11)])
-def test_a_probe_is_the_pooled_keys_of_its_range(bench: Bench, start: int, end: int) -> None:
+def test_a_probe_is_the_keys_of_its_range(bench: Bench, start: int, end: int) -> None:
     blocks = (3, 1, 4, 9)
     bench.step(probes=[ProbeJob(request_id="asking", block_ids=blocks, start=start, end=end)])
     keys_LTHD = bench.kv(blocks, start, end)[:, 0]
-    assert bench.report.probes == {"asking": to_bytes(pool_keys(keys_LTHD, start, SCHEME, POOLED))}
+    assert bench.report.probes == {"asking": to_sketch(token_keys(keys_LTHD, start, SCHEME, POOLED))}
 
 
 def test_a_probe_of_a_text_points_the_same_way_wherever_it_stands(bench: Bench) -> None:
@@ -445,8 +448,7 @@ def test_a_probe_of_a_text_points_the_same_way_wherever_it_stands(bench: Bench) 
         ]
     )
     here, there = (
-        torch.frombuffer(bytearray(bench.report.probes[name]), dtype=torch.float32)
-        for name in ("here", "there")
+        torch.from_numpy(from_sketch(bench.report.probes[name]).mean(axis=0)) for name in ("here", "there")
     )
     torch.testing.assert_close(here, there, rtol=0, atol=1e-5)
 

@@ -1,0 +1,59 @@
+"""Late interaction: texts compared token by token, and competing for each token of the query.
+
+MaxSim (ColBERT, Khattab and Zaharia, 2020) sums, over the query's tokens, the best cosine with a token of
+the document. Here the documents share each query token between them by a softmax over those cosines, as
+keys share the attention of a query: a token that all of them have says nothing, one that a single document
+has is worth a whole point. That does what weights by rarity do, without knowing any frequencies. Documents
+that are no candidates compete, too, by a sample of them: candidates are alike in what they were chosen for.
+
+Legend: N documents, T tokens of all of them, t tokens of the query, V values of a vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+
+# How sharply documents compete: between 5 and 40 recall@5 on the recall world changed by less than 0.01.
+SHARPNESS = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Background:
+    """Some documents that stand for all: their tokens one after another, and how many each has."""
+
+    tokens_TV: Floats
+    sizes_N: npt.NDArray[np.int64]
+
+
+def shares(
+    query_tV: Floats,
+    documents: Sequence[Floats],
+    background: Background | None = None,
+    num_others: int = 0,
+) -> Floats:
+    """What part of the query each document wins -> [N], at most 1 in all; all vectors have length one.
+
+    Every document has at least one token. ``background`` stands for ``num_others`` further documents.
+    """
+    best_Nt = _best(query_tV, np.concatenate(documents), np.array([len(one) for one in documents]))
+    top_t = best_Nt.max(axis=0)
+    won_Nt = np.exp(SHARPNESS * (best_Nt - top_t))
+    total_t = won_Nt.sum(axis=0)
+    if background is not None and num_others > 0:
+        others_Nt = _best(query_tV, background.tokens_TV, background.sizes_N)
+        total_t = total_t + num_others * np.exp(SHARPNESS * (others_Nt - top_t)).mean(axis=0)
+    shares_N: Floats = (won_Nt / total_t).mean(axis=1)
+    return shares_N
+
+
+def _best(query_tV: Floats, tokens_TV: Floats, sizes_N: npt.NDArray[np.int64]) -> Floats:
+    """The largest product of each query token with a token of each document -> [N, t]."""
+    starts_N = np.cumsum(sizes_N) - sizes_N
+    best_Nt: Floats = np.maximum.reduceat(tokens_TV @ query_tV.T, starts_N, axis=0)
+    return best_Nt

@@ -1,0 +1,58 @@
+"""The space in which keys are compared: centred, and whitened where enough is known of its tokens.
+
+Keys of all tokens share a large part, and a few directions vary far more than the others; both hide which
+token it is. Whitening takes the shared part away and gives every direction the same weight.
+
+Legend: N vectors, T tokens, V values of a vector.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+
+_SHRINKAGE = 1e-2  # of the mean variance, added to each, so that rounding is not blown up
+_NOTHING_LEFT = 1e-6  # of a vector's length: what remains is rounding
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Space:
+    """``mean_V`` is taken away, then ``matrix_VV`` multiplied; ``None`` leaves a step out."""
+
+    mean_V: Floats | None = None
+    matrix_VV: Floats | None = None
+
+    def unit(self, vectors_NV: Floats) -> Floats:
+        """The vectors in this space with length one -> [N, V]; zero where nothing but rounding is left."""
+        moved_NV = vectors_NV if self.mean_V is None else vectors_NV - self.mean_V
+        left_N1 = _lengths(moved_NV) > _NOTHING_LEFT * _lengths(vectors_NV)
+        if self.matrix_VV is not None:
+            moved_NV = moved_NV @ self.matrix_VV
+        unit_NV: Floats = np.divide(moved_NV, _lengths(moved_NV), out=np.zeros_like(moved_NV), where=left_N1)
+        return unit_NV
+
+
+def centred_on(vectors_NV: Floats) -> Space:
+    """Without knowledge of single tokens only the mean can be taken away."""
+    return Space(mean_V=vectors_NV.mean(axis=0, dtype=np.float64).astype(np.float32))
+
+
+def whitening_of(tokens_TV: Floats) -> Space:
+    """Mean zero and, but for shrinkage, unit covariance over these tokens."""
+    mean_V = tokens_TV.mean(axis=0, dtype=np.float64)
+    covariance_VV = np.atleast_2d(np.cov(tokens_TV - mean_V, rowvar=False, dtype=np.float64, bias=True))
+    variances_V, directions_VV = np.linalg.eigh(covariance_VV)
+    mean_variance = variances_V.mean()
+    if mean_variance <= _NOTHING_LEFT**2 * (mean_V**2).mean():  # all tokens are the same
+        return Space(mean_V=mean_V.astype(np.float32))
+    scales_V = (variances_V.clip(min=0) + _SHRINKAGE * mean_variance) ** -0.5
+    return Space(mean_V=mean_V.astype(np.float32), matrix_VV=(directions_VV * scales_V).astype(np.float32))
+
+
+def _lengths(vectors_NV: Floats) -> Floats:
+    lengths_N1: Floats = np.linalg.norm(vectors_NV, axis=1, keepdims=True)
+    return lengths_N1

@@ -1,0 +1,53 @@
+"""Centring and whitening against their definitions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kv_agent.retrieval.spaces import Space, centred_on, whitening_of
+
+
+def correlated(num_tokens: int, size: int = 6) -> np.ndarray:
+    """A shared part, and a direction that varies a hundred times as much as the others."""
+    rng = np.random.default_rng(num_tokens)
+    scales = np.array([100.0] + [1.0] * (size - 1))
+    turned = np.linalg.qr(rng.normal(size=(size, size)))[0]
+    return (50 + (rng.normal(size=(num_tokens, size)) * scales) @ turned).astype(np.float32)
+
+
+def test_whitened_tokens_have_mean_zero_and_no_correlation() -> None:
+    tokens = correlated(20_000)
+    space = whitening_of(tokens)
+    assert space.mean_V is not None
+    assert space.matrix_VV is not None
+    white = (tokens.astype(np.float64) - space.mean_V) @ space.matrix_VV
+    assert np.abs(white.mean(axis=0)).max() < 1e-3
+    covariance = np.cov(white, rowvar=False)
+    assert np.abs(covariance - np.diag(np.diag(covariance))).max() < 1e-3
+    variances = np.linalg.eigvalsh(np.cov(tokens, rowvar=False))
+    expected = variances / (variances + 0.01 * variances.mean())
+    assert np.sort(np.diag(covariance)) == pytest.approx(np.sort(expected), rel=0.01)
+
+
+def test_without_whitening_only_the_mean_goes() -> None:
+    tokens = correlated(30)
+    centred = tokens - tokens.mean(axis=0)
+    expected = centred / np.linalg.norm(centred, axis=1, keepdims=True)
+    assert np.allclose(centred_on(tokens).unit(tokens), expected, atol=1e-5)
+
+
+def test_vectors_have_length_one_unless_nothing_is_left_of_them() -> None:
+    tokens = correlated(40)
+    for space in (Space(), centred_on(tokens), whitening_of(tokens)):
+        assert np.linalg.norm(space.unit(tokens), axis=1) == pytest.approx(np.ones(40), abs=1e-5)
+    alike = np.full((3, 2), 5.0, dtype=np.float32)
+    assert not centred_on(alike).unit(alike).any()
+    assert not whitening_of(alike).unit(alike).any()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 5])
+def test_fewer_tokens_than_dimensions_are_no_trouble(num_tokens: int) -> None:
+    tokens = correlated(num_tokens)
+    unit = whitening_of(tokens).unit(correlated(10))
+    assert np.isfinite(unit).all()
