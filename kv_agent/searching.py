@@ -143,4 +143,9 @@ def _without_repetition(found: Sequence[Found]) -> list[Found]:
 
 
 def _alike(one: frozenset[str], other: frozenset[str]) -> bool:
-    return len(one & other) >= _NEAR_DUPLICATE * max(1, len(one | other))
+    fewer, more = sorted((len(one), len(other)))
+    return (
+        fewer > 0
+        and fewer >= _NEAR_DUPLICATE * more
+        and len(one & other) >= _NEAR_DUPLICATE * len(one | other)
+    )

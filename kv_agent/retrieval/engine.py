@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
+import time
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -16,7 +19,7 @@ from torch import Tensor
 
 from kv_agent.chunks import ChunkKey, ContentKey, Fingerprint, IndexChange, Scope, TurnId
 from kv_agent.retrieval.index import IndexHit, NamespaceIndex
-from kv_agent.retrieval.interaction import shares
+from kv_agent.retrieval.interaction import Documents, shares
 from kv_agent.retrieval.pooling import as_rows
 from kv_agent.retrieval.sketches import from_sketch
 
@@ -61,15 +64,28 @@ class _Copies(NamedTuple):
 class RetrievalEngine:
     """Searches the memories of one model; thread-safe.
 
-    ``snapshot_dir`` is where indexes are kept between processes; ``None`` reads the whole catalog anew.
+    ``snapshot_dir`` is where indexes are kept between processes; ``None`` reads the whole catalog anew. The
+    index of a namespace is loaded when it is searched. It is dropped after ``idle_s`` seconds without a
+    search, the least recently used one also when all have more than ``max_bytes`` of vectors.
     """
 
-    def __init__(self, feed: ChangeFeed, fingerprint: Fingerprint, snapshot_dir: Path | None) -> None:
+    def __init__(
+        self,
+        feed: ChangeFeed,
+        fingerprint: Fingerprint,
+        snapshot_dir: Path | None,
+        *,
+        idle_s: float = 600.0,
+        max_bytes: int = 8 << 30,
+    ) -> None:
         self._feed = feed
         self._fingerprint = fingerprint
         self._snapshot_dir = snapshot_dir
+        self._idle_s, self._max_bytes = idle_s, max_bytes
         self._lock = threading.Lock()
-        self._indexes: dict[str, NamespaceIndex] = {}
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="kv-agent-fit")
+        self._indexes: OrderedDict[str, NamespaceIndex] = OrderedDict()  # the latest used last
+        self._used_at: dict[str, float] = {}
         self._saved_seq: dict[str, int] = {}
         self._warned = False
 
@@ -94,6 +110,7 @@ class RetrievalEngine:
         narrowed = None if only is None else frozenset(only)
         with self._lock:
             index = self._refreshed(scope.namespace)
+            self._drop_idle()
             wanted = max(_CANDIDATES_PER_TURN * top_k, _MIN_CANDIDATES)
             pooled_V = query_tV.mean(axis=0)
             while True:
@@ -107,59 +124,58 @@ class RetrievalEngine:
                 copies = _newest_copies([*index.search(pooled_V, scope, wanted, only=named), *hits])
             return _group_by_turn(self._compared(index, query_tV, copies))[:top_k]
 
+    @property
+    def num_loaded(self) -> int:
+        """Namespaces whose index is in memory."""
+        return len(self._indexes)
+
     def save_snapshots(self) -> None:
         """Write the indexes that changed since they were last written; trouble is a warning."""
-        if self._snapshot_dir is None:
-            return
         with self._lock:
             for namespace, index in self._indexes.items():
-                if index.seq == self._saved_seq.get(namespace, 0):
-                    continue
-                try:
-                    index.save(self._snapshot_path(self._snapshot_dir, namespace))
-                except OSError as err:
-                    logger.warning(
-                        "index of namespace %r not saved, it will be built anew: %s", namespace, err
-                    )
-                else:
-                    self._saved_seq[namespace] = index.seq
+                self._save(namespace, index)
 
     def close(self) -> None:
         """Save, and let go of the indexes."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
         self.save_snapshots()
         with self._lock:
             self._indexes.clear()
+            self._used_at.clear()
             self._saved_seq.clear()
 
     def _compared(
         self, index: NamespaceIndex, query_tV: npt.NDArray[np.float32], copies: Sequence[_Copies]
     ) -> list[tuple[IndexHit, float]]:
         """Candidates with the part of the query that each wins, best first; newer first among equals."""
-        documents = self._tokens_of(index, [copy.best for copy in copies])
-        if not documents:
+        keys = self._keys_of(index, [copy.best for copy in copies])
+        if not keys:
             return []
-        num_others = index.num_entries - len(documents)
-        won = shares(index.space.unit(query_tV), documents, index.background, num_others).tolist()
+        candidates = Documents(
+            tokens_TV=index.space.unit(np.concatenate(keys)),
+            sizes_N=np.array([len(keys_TV) for keys_TV in keys]),
+        )
+        num_others = index.num_entries - len(keys)
+        won = shares(index.space.unit(query_tV), candidates, index.background, num_others).tolist()
         scored = [(copy.newest, score) for copy, score in zip(copies, won, strict=False)]
         return sorted(scored, key=lambda pair: (-pair[1], -pair[0].entry_id))
 
-    def _tokens_of(self, index: NamespaceIndex, hits: Sequence[IndexHit]) -> list[npt.NDArray[np.float32]]:
-        """Tokens of the first chunks, as many as are compared; a chunk without known tokens has its mean."""
-        documents: list[npt.NDArray[np.float32]] = []
+    def _keys_of(self, index: NamespaceIndex, hits: Sequence[IndexHit]) -> list[npt.NDArray[np.float32]]:
+        """Keys of the tokens of the first chunks, as many as are compared; the mean of unknown ones."""
+        found: list[npt.NDArray[np.float32]] = []
         num_tokens = 0
         for start in range(0, len(hits), _CHUNKS_PER_STEP):
             step = hits[start : start + _CHUNKS_PER_STEP]
             known = self._token_keys([hit.chunk_key for hit in step])
             for hit in step:
                 keys_TV = known.get(hit.chunk_key)
-                pooled_1V = index.vector(hit.entry_id)[None]
-                if keys_TV is None or keys_TV.shape[1] != pooled_1V.shape[1]:
-                    keys_TV = pooled_1V
-                documents.append(index.space.unit(keys_TV))
+                if keys_TV is None or not len(keys_TV) or keys_TV.shape[1] != index.size:
+                    keys_TV = index.vector(hit.entry_id)[None]
+                found.append(keys_TV)
                 num_tokens += len(keys_TV)
                 if num_tokens >= _CANDIDATE_TOKENS:
-                    return documents
-        return documents
+                    return found
+        return found
 
     def _token_keys(self, keys: Sequence[ChunkKey]) -> dict[ChunkKey, npt.NDArray[np.float32]]:
         """What is known of the tokens of these chunks; a damaged sketch is none, which is said once."""
@@ -183,21 +199,50 @@ class RetrievalEngine:
                 logger.warning(
                     "the catalog was started again: index of namespace %r is built anew", namespace
                 )
-                index = NamespaceIndex(self._fingerprint, namespace, self._token_keys)
+                index = self._new_index(namespace)
                 self._saved_seq.pop(namespace, None)
                 continue
             self._indexes[namespace] = index
+            self._indexes.move_to_end(namespace)
+            self._used_at[namespace] = time.monotonic()
             if not changes or changes[-1].seq == index.seq:
                 return index
             index.apply(changes)
+
+    def _save(self, namespace: str, index: NamespaceIndex) -> None:
+        if self._snapshot_dir is None or index.seq == self._saved_seq.get(namespace, 0):
+            return
+        try:
+            index.save(self._snapshot_path(self._snapshot_dir, namespace))
+        except OSError as err:
+            logger.warning("index of namespace %r not saved, it will be built anew: %s", namespace, err)
+        else:
+            self._saved_seq[namespace] = index.seq
+
+    def _drop_idle(self) -> None:
+        """Save and let go of indexes that nobody searched for a while, and of the oldest beyond the limit."""
+        now = time.monotonic()
+        num_bytes = sum(index.num_bytes for index in self._indexes.values())
+        for namespace in list(self._indexes)[:-1]:  # the last is in use
+            is_idle = now - self._used_at[namespace] > self._idle_s
+            if not is_idle and num_bytes <= self._max_bytes:
+                break
+            index = self._indexes.pop(namespace)
+            num_bytes -= index.num_bytes
+            self._save(namespace, index)
+            del self._used_at[namespace]
+            self._saved_seq.pop(namespace, None)
+
+    def _new_index(self, namespace: str) -> NamespaceIndex:
+        return NamespaceIndex(self._fingerprint, namespace, self._token_keys, self._threads)
 
     def _opened(self, namespace: str) -> NamespaceIndex:
         index = None
         if self._snapshot_dir is not None:
             path = self._snapshot_path(self._snapshot_dir, namespace)
-            index = NamespaceIndex.load(path, self._fingerprint, namespace, self._token_keys)
+            index = NamespaceIndex.load(path, self._fingerprint, namespace, self._token_keys, self._threads)
         if index is None:
-            return NamespaceIndex(self._fingerprint, namespace, self._token_keys)
+            return self._new_index(namespace)
         self._saved_seq[namespace] = index.seq
         return index
 

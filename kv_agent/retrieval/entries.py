@@ -1,4 +1,4 @@
-"""The rows of an index: pooled vectors beside what they name and whose they are.
+"""The rows of an index as columns: pooled vectors beside what they name and whose they are.
 
 Legend: N rows (oldest first), V values per pooled vector.
 """
@@ -16,12 +16,13 @@ from kv_agent.chunks import ChunkKey, ContentKey, Scope, TurnId
 from kv_agent.retrieval.snapshot import Arrays
 
 Floats = npt.NDArray[np.float32]
+Halves = npt.NDArray[np.float16]
 Rows = npt.NDArray[np.intp]
 
 _NARROWING = ("user_id", "agent_id", "session_id")
-_TURN = len(_NARROWING)  # its column
-_KEYS = ("chunk_key", "content_key", "turn_id")
-_DEAD = -1  # instead of the number of a name
+_NAMES = (*_NARROWING, "turn_id")
+_DEAD = -1  # instead of the number of a user
+_KEY = np.dtype("S32")
 _MIN_SPARE_ROWS = 16
 
 
@@ -36,113 +37,171 @@ class Entry(NamedTuple):
 
 
 class EntryTable:
-    """Rows in the order they came; a removed one stays as a dead row until :meth:`compact`."""
+    """Rows in the order they came; a removed one stays as a dead row until :meth:`keep` leaves it out.
 
-    def __init__(self) -> None:
-        self._entries: list[Entry] = []
-        self._row_of: dict[int, int] = {}
-        # Both have spare rows at their end.
-        self._raw_NV: Floats = np.empty((0, 0), dtype=np.float32)
-        self._names_N4: npt.NDArray[np.int32] = np.empty((0, _TURN + 1), dtype=np.int32)
-        self._name_ids: dict[str | None, int] = {None: 0}
+    Vectors are kept in half precision, and names as numbers: a million rows are few objects.
+    """
+
+    def __init__(self, namespace: str) -> None:
+        self._namespace = namespace
+        self._num_rows = 0
+        self._columns: Arrays = {
+            "vectors": np.empty((0, 0), dtype=np.float16),
+            "entry_ids": np.empty(0, dtype=np.int64),
+            "chunk_keys": np.empty(0, dtype=_KEY),
+            "content_keys": np.empty(0, dtype=_KEY),
+            **{name: np.empty(0, dtype=np.int32) for name in _NAMES},
+        }  # all with spare rows at their end
+        self._names: list[str | None] = [None]
+        self._name_ids: dict[str | None, int] | None = None  # made when needed
+        self._row_of: dict[int, int] | None = None  # likewise: entry id -> live row
+        self._num_dead = 0
 
     @property
     def num_rows(self) -> int:
         """Dead ones included."""
-        return len(self._entries)
+        return self._num_rows
 
     @property
     def num_live(self) -> int:
-        return len(self._row_of)
+        return self._num_rows - self._num_dead
 
     @property
-    def vectors(self) -> Floats:
-        """The vectors as they came -> [N, V], dead rows included; a view."""
-        return self._raw_NV[: self.num_rows]
+    def size(self) -> int:
+        """Values of a vector; 0 before the first."""
+        return int(self._columns["vectors"].shape[1])
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the columns, spare rows included."""
+        return sum(column.nbytes for column in self._columns.values())
+
+    @property
+    def vectors(self) -> Halves:
+        """The vectors as they came -> [N, V], dead rows included; a view that later changes leave alone."""
+        return self._column("vectors")
 
     def vector(self, entry_id: int) -> Floats:
-        """Of a live row -> [V]; a view."""
-        row_V: Floats = self._raw_NV[self._row_of[entry_id]]
-        return row_V
+        """Of a live row -> [V]."""
+        vector_V: Floats = self._columns["vectors"][self._rows_by_id()[entry_id]].astype(np.float32)
+        return vector_V
 
     def __getitem__(self, row: int) -> Entry:
-        return self._entries[row]
+        columns, names = self._columns, self._names
+        user, agent, session, turn = (names[columns[name][row]] for name in _NAMES)
+        assert user is not None  # of a live row
+        assert turn is not None
+        return Entry(
+            entry_id=int(columns["entry_ids"][row]),
+            chunk_key=ChunkKey(columns["chunk_keys"][row].decode()),
+            content_key=ContentKey(columns["content_keys"][row].decode()),
+            turn_id=TurnId(turn),
+            scope=Scope(namespace=self._namespace, user_id=user, agent_id=agent, session_id=session),
+        )
 
     def append(self, entry: Entry, vector_V: Floats) -> None:
         """Add a row; its vector must have the size of the others. The entry id must not be there."""
-        row = self.num_rows
+        row, columns = self._num_rows, self._columns
         if row == 0:
-            self._raw_NV = np.empty((0, vector_V.size), dtype=np.float32)
-        if row == len(self._raw_NV):
-            spare = max(row, _MIN_SPARE_ROWS)  # doubling
-            self._raw_NV = np.concatenate((self._raw_NV, np.empty((spare, vector_V.size), dtype=np.float32)))
-            self._names_N4 = np.concatenate((self._names_N4[:row], np.empty((spare, 4), dtype=np.int32)))
-        self._raw_NV[row] = vector_V
-        names = (*(getattr(entry.scope, name) for name in _NARROWING), entry.turn_id)
-        self._names_N4[row] = [self._name_ids.setdefault(name, len(self._name_ids)) for name in names]
-        self._entries.append(entry)
-        self._row_of[entry.entry_id] = row
+            columns["vectors"] = np.empty((0, vector_V.size), dtype=np.float16)
+        if row == len(columns["entry_ids"]):
+            self._reserve(max(2 * row, _MIN_SPARE_ROWS))
+        columns["vectors"][row] = vector_V
+        columns["entry_ids"][row] = entry.entry_id
+        columns["chunk_keys"][row] = entry.chunk_key.encode()
+        columns["content_keys"][row] = entry.content_key.encode()
+        for name in _NARROWING:
+            columns[name][row] = self._named(getattr(entry.scope, name))
+        columns["turn_id"][row] = self._named(entry.turn_id)
+        self._num_rows += 1
+        self._rows_by_id()[entry.entry_id] = row
 
     def remove(self, entry_id: int) -> None:
         """Make its row dead; an unknown id is fine."""
-        if (row := self._row_of.pop(entry_id, None)) is not None:
-            self._names_N4[row] = _DEAD
+        if self._num_rows and (row := self._rows_by_id().pop(entry_id, None)) is not None:
+            self._columns["user_id"][row] = _DEAD
+            self._num_dead += 1
 
-    def compact(self) -> None:
-        """Drop dead rows; the others keep their order."""
-        rows_N = self._live_rows()
-        if len(rows_N) < self.num_rows:
-            self._raw_NV = self._raw_NV[rows_N]
-            self._names_N4 = self._names_N4[rows_N]
-            self._entries = [self._entries[row] for row in rows_N]
-            self._row_of = {entry.entry_id: row for row, entry in enumerate(self._entries)}
+    def live_rows(self) -> Rows:
+        return np.flatnonzero(self._column("user_id") != _DEAD)
+
+    def keep(self, rows_N: Rows) -> None:
+        """Drop all other rows; these keep their order."""
+        if len(rows_N) < self._num_rows:
+            self._columns = {name: column[rows_N] for name, column in self._columns.items()}
+            self._num_rows = len(rows_N)
+            self._num_dead = int((self._columns["user_id"] == _DEAD).sum())
+            self._row_of = None
 
     def admitted(self, scope: Scope) -> npt.NDArray[np.bool_]:
         """Which rows ``scope`` admits: :meth:`Scope.admits` for all rows at once -> [N]; dead rows never."""
-        names_N4 = self._names_N4[: self.num_rows]
-        admitted_N: npt.NDArray[np.bool_] = names_N4[:, 0] != _DEAD
-        for column, name in enumerate(_NARROWING):
+        admitted_N: npt.NDArray[np.bool_] = self._column("user_id") != _DEAD
+        for name in _NARROWING:
             if (wanted := getattr(scope, name)) is not None:
-                admitted_N &= names_N4[:, column] == self._name_ids.get(wanted, _DEAD)
+                admitted_N &= self._column(name) == self._ids_by_name().get(wanted, _DEAD)
         return admitted_N
 
     def of_turns(self, turn_ids: Iterable[TurnId]) -> npt.NDArray[np.bool_]:
         """Which rows are parts of these turns -> [N]."""
-        names = [self._name_ids[turn_id] for turn_id in turn_ids if turn_id in self._name_ids]
-        return np.isin(self._names_N4[: self.num_rows, _TURN], names)
+        known = self._ids_by_name()
+        return np.isin(self._column("turn_id"), [known[name] for name in turn_ids if name in known])
 
-    def sample(self, most: int) -> list[Entry]:
-        """At most ``most`` live entries, evenly over time."""
-        rows_N = self._live_rows()
+    def sampled_chunks(self, most: int) -> list[ChunkKey]:
+        """Chunks of at most ``most`` live rows, evenly over time."""
+        rows_N = self.live_rows()
         step = max(1, -(-len(rows_N) // most))
-        return [self._entries[row] for row in rows_N[::step]]
+        return [ChunkKey(key.decode()) for key in self._columns["chunk_keys"][rows_N[::step]]]
 
-    def pack(self) -> Arrays:
-        """The live rows as arrays without objects; strings as JSON."""
-        rows_N = self._live_rows()
-        entries = [self._entries[row] for row in rows_N]
-        columns: dict[str, Any] = {name: [getattr(entry, name) for entry in entries] for name in _KEYS}
-        columns |= {name: [getattr(entry.scope, name) for entry in entries] for name in _NARROWING}
-        return {
-            "vectors": self._raw_NV[rows_N],
-            "entry_ids": np.array([entry.entry_id for entry in entries], dtype=np.int64),
-            "columns": np.frombuffer(json.dumps(columns).encode(), dtype=np.uint8),
-        }
+    def pack(self, *, with_dead: bool = False) -> Arrays:
+        """The live rows, or all, as arrays without objects; names as JSON."""
+        rows_N = np.arange(self._num_rows) if with_dead else self.live_rows()
+        arrays = {name: column[rows_N] for name, column in self._columns.items()}
+        dead_N = arrays["user_id"] == _DEAD
+        arrays["user_id"][dead_N] = 0  # any name
+        used, numbers = np.unique(np.stack([arrays[name] for name in _NAMES]), return_inverse=True)
+        for name, column in zip(_NAMES, numbers.reshape(len(_NAMES), -1), strict=True):
+            arrays[name] = column.astype(np.int32)
+        arrays["user_id"][dead_N] = _DEAD
+        names = json.dumps([self._names[number] for number in used])
+        for name in ("chunk_keys", "content_keys"):
+            arrays[name] = arrays[name].view(np.uint8).reshape(-1, _KEY.itemsize)
+        return arrays | {"names": np.frombuffer(names.encode(), dtype=np.uint8)}
 
     @classmethod
     def unpack(cls, arrays: Arrays, namespace: str) -> EntryTable:
-        """Inverse of :meth:`pack`."""
-        table = cls()
-        columns = json.loads(arrays["columns"].tobytes())
-        scopes = [
-            Scope(namespace=namespace, user_id=user, agent_id=agent, session_id=session)
-            for user, agent, session in zip(*(columns[name] for name in _NARROWING), strict=True)
-        ]
-        keys = (columns[name] for name in _KEYS)
-        rows = zip(arrays["entry_ids"].tolist(), *keys, scopes, strict=True)
-        for row, vector_V in zip(rows, arrays["vectors"], strict=True):
-            table.append(Entry(*row), vector_V)
+        """Inverse of :meth:`pack`; takes the arrays as they are."""
+        table = cls(namespace)
+        table._columns = {name: arrays[name] for name in table._columns}
+        for name in ("chunk_keys", "content_keys"):
+            table._columns[name] = np.ascontiguousarray(arrays[name]).view(_KEY).reshape(-1)
+        table._num_rows = len(arrays["entry_ids"])
+        table._num_dead = int((arrays["user_id"] == _DEAD).sum())
+        table._names = json.loads(arrays["names"].tobytes())
         return table
 
-    def _live_rows(self) -> Rows:
-        return np.flatnonzero(self._names_N4[: self.num_rows, 0] != _DEAD)
+    def _column(self, name: str) -> npt.NDArray[Any]:
+        return self._columns[name][: self._num_rows]
+
+    def _reserve(self, num_rows: int) -> None:
+        for name, column in self._columns.items():
+            larger = np.empty((num_rows, *column.shape[1:]), dtype=column.dtype)
+            larger[: self._num_rows] = column[: self._num_rows]
+            self._columns[name] = larger
+
+    def _rows_by_id(self) -> dict[int, int]:
+        if self._row_of is None:
+            rows_N = self.live_rows()
+            ids = self._columns["entry_ids"][rows_N]
+            self._row_of = dict(zip(ids.tolist(), rows_N.tolist(), strict=True))
+        return self._row_of
+
+    def _ids_by_name(self) -> dict[str | None, int]:
+        if self._name_ids is None:
+            self._name_ids = {name: number for number, name in enumerate(self._names)}
+        return self._name_ids
+
+    def _named(self, name: str | None) -> int:
+        number = self._ids_by_name().setdefault(name, len(self._names))
+        if number == len(self._names):
+            self._names.append(name)
+        return number

@@ -1,7 +1,8 @@
-"""The index of one namespace: FAISS inner product over whitened pooled keys, with scopes.
+"""The index of one namespace: nearest pooled keys in a whitened space, with scopes.
 
-Its state is a function of the changes and samples it was given, in ``seq`` order: at once, in parts, or from
-a snapshot on makes no difference. Not thread-safe; the engine above holds the lock.
+It follows the catalog's changes. Whenever their number has doubled it is fitted anew; small indexes at once,
+so that their state is a function of the changes, large ones on another thread while the old fit serves on.
+Not thread-safe; the engine above holds the lock.
 
 Legend: N rows (oldest first), C candidates of one search, V values per pooled vector.
 """
@@ -9,32 +10,35 @@ Legend: N rows (oldest first), C candidates of one search, V values per pooled v
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import CancelledError, Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-import faiss
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
 from kv_agent.chunks import ChunkKey, ContentKey, Fingerprint, IndexChange, Scope, TurnId
-from kv_agent.retrieval.entries import Entry, EntryTable, Floats, Rows
-from kv_agent.retrieval.interaction import Background
+from kv_agent.errors import KVAgentError
+from kv_agent.retrieval.entries import Entry, EntryTable, Floats, Halves, Rows
+from kv_agent.retrieval.fitting import Fit, fit
+from kv_agent.retrieval.interaction import Documents
+from kv_agent.retrieval.neighbours import Neighbours, build, fill
 from kv_agent.retrieval.pooling import as_array, from_bytes
 from kv_agent.retrieval.snapshot import Snapshot, read_snapshot, write_snapshot
-from kv_agent.retrieval.spaces import Space, centred_on, whitening_of
+from kv_agent.retrieval.spaces import Space
 
 logger = logging.getLogger(__name__)
 
-_FAISS: Any = faiss  # its stubs describe the C++ side, not the Python wrappers used here
-
-MIN_CENTRED = 2  # of one entry alone nothing would be left
-_SAMPLED_ENTRIES = 256  # chunks that stand for all ...
-_SAMPLED_TOKENS = 16_384  # ... unless they have more tokens than this: then fewer
-_BLOCK_ROWS = 8192  # rows normalised at a time, to bound temporary memory
+FITTED_AT_ONCE = 4096  # entries; more of them take longer than a search may wait
+_SAMPLED_CHUNKS = 256  # whose tokens say what the space is like
 _EQUAL_SCORES = 1e-5  # FAISS sums in float32 and in an order of its own
+_SCORE_DIGITS = 6
+_KEPT_BITMAPS = 16
+_MOST_ADDED = 4  # times as many rows as were fitted: then waiting for the fit under way is faster
 _NO_CHANGE = (0, 0, "", "")
 
 TokenKeys = Callable[[Sequence[ChunkKey]], dict[ChunkKey, Floats]]  # [T, V] by chunk, where they are known
@@ -56,22 +60,39 @@ class IndexHit:
     score: float
 
 
+class _Admitted(NamedTuple):
+    """Rows that a scope admits, one bit each, and their number."""
+
+    bitmap: npt.NDArray[np.uint8]
+    num: int
+
+
 class NamespaceIndex:
-    """Entries of one (fingerprint, namespace), kept up to date with :meth:`apply`."""
+    """Entries of one (fingerprint, namespace), kept up to date with :meth:`apply`.
+
+    ``background`` runs what takes long; without it everything happens at once.
+    """
 
     def __init__(
-        self, fingerprint: Fingerprint, namespace: str, token_keys: TokenKeys = no_token_keys
+        self,
+        fingerprint: Fingerprint,
+        namespace: str,
+        token_keys: TokenKeys = no_token_keys,
+        background: Executor | None = None,
     ) -> None:
         self.fingerprint = fingerprint
         self.namespace = namespace
         self._last: tuple[int, int, str, str] = _NO_CHANGE
-        self._table = EntryTable()
         self._token_keys = token_keys
+        self._threads = background
+        self._table = EntryTable(namespace)
         self._space = Space()
-        self._background: Background | None = None
+        self._background: Documents | None = None
+        self._neighbours: Neighbours | None = None  # of the first rows; a search adds the rest
         self._num_fitted = 0
         self._changes_since_fit = 0
-        self._faiss: Any = None  # IndexFlatIP of the first rows; a search adds the rest
+        self._fitting: Future[Fit] | None = None
+        self._bitmaps: OrderedDict[Scope, _Admitted] = OrderedDict()
         self._warned = False
 
     @property
@@ -82,6 +103,31 @@ class NamespaceIndex:
     @property
     def num_entries(self) -> int:
         return self._table.num_live
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the columns; what FAISS holds comes on top."""
+        return self._table.num_bytes
+
+    @property
+    def space(self) -> Space:
+        """Where vectors of this namespace are compared."""
+        return self._space
+
+    @property
+    def background(self) -> Documents | None:
+        """A sample of the entries in that space; ``None`` if nothing is known of single tokens."""
+        return self._background
+
+    @property
+    def neighbours(self) -> Neighbours | None:
+        """How nearest vectors are found; ``None`` before the first search."""
+        return self._neighbours
+
+    @property
+    def size(self) -> int:
+        """Values of a vector; 0 before the first."""
+        return self._table.size
 
     def vector(self, entry_id: int) -> Floats:
         """The pooled keys of an entry that is there -> [V]."""
@@ -100,6 +146,7 @@ class NamespaceIndex:
                 raise ValueError(
                     f"change of namespace {change.scope.namespace!r}, index of {self.namespace!r}"
                 )
+            self._bitmaps.clear()
             self._table.remove(change.entry_id)
             if change.vector is not None:
                 self._add(change, from_bytes(change.vector))
@@ -107,17 +154,8 @@ class NamespaceIndex:
             self._changes_since_fit += 1
             # As many changes as entries: at the latest when their number has doubled. Amortised O(1).
             if self._changes_since_fit >= self._num_fitted:
+                self._take_finished()
                 self._fit()
-
-    @property
-    def space(self) -> Space:
-        """Where vectors of this namespace are compared."""
-        return self._space
-
-    @property
-    def background(self) -> Background | None:
-        """A sample of the entries in that space; ``None`` if nothing is known of single tokens."""
-        return self._background
 
     def search(
         self,
@@ -131,44 +169,48 @@ class NamespaceIndex:
 
         ``only`` narrows the search to parts of these turns.
         """
-        query_V, size = as_array(vector), self._table.vectors.shape[1]
+        query_V = as_array(vector)
         if top_n < 1:
             raise ValueError(f"top_n must be >= 1, got {top_n}")
         if scope.namespace != self.namespace:
             raise ValueError(f"search of namespace {scope.namespace!r}, index of {self.namespace!r}")
         if self.num_entries == 0:
             return []
-        if query_V.size != size:
-            raise ValueError(f"the query has {query_V.size} values, stored vectors have {size}")
+        if query_V.size != self._table.size:
+            raise ValueError(f"the query has {query_V.size} values, stored vectors have {self._table.size}")
         if not np.isfinite(query_V).all():
             raise ValueError("the query has values that are not finite")
+        self._take_finished()
+        admitted = self._admitted(scope, only)
+        if admitted.num == 0:
+            return []
         unit_1V = self._space.unit(query_V[None])
-        admitted_N = self._table.admitted(scope)
-        if only is not None:
-            admitted_N &= self._table.of_turns(only)
-        rows_C = self._candidates(unit_1V, admitted_N, top_n)
-        # Again in float64 and row by row, so that equal vectors have equal scores.
-        scores_C = (self._space.unit(self._table.vectors[rows_C]).astype(np.float64) * unit_1V).sum(axis=1)
-        best_first = np.lexsort((-rows_C, -scores_C))[:top_n]
-        return [_hit(self._table[rows_C[i]], float(scores_C[i])) for i in best_first]
+        scores_C, rows_C = self._candidates(unit_1V, admitted, top_n)
+        best_first = np.lexsort((-rows_C, -scores_C.round(_SCORE_DIGITS)))[:top_n]
+        return [self._hit(int(rows_C[i]), float(scores_C[i])) for i in best_first]
 
     def save(self, path: Path) -> None:
         """Write a snapshot, replacing ``path`` at once; raises ``OSError``."""
+        has_lists = self._neighbours is not None and not self._neighbours.is_exact
         header = {
             "fingerprint": self.fingerprint,
             "namespace": self.namespace,
             "last_change": self._last,
             "num_fitted": self._num_fitted,
-            "changes_since_fit": self._changes_since_fit,
+            # A fit that is under way is begun again by whoever loads this.
+            "changes_since_fit": self._num_fitted if self._fitting else self._changes_since_fit,
         }
-        arrays = self._table.pack()
-        fitted: dict[str, npt.NDArray[Any] | None] = {
-            "mean": self._space.mean_V,
-            "matrix": self._space.matrix_VV,
-        }
+        # Lists number all rows; without lists everything is made again as fast as it is read.
+        arrays = self._table.pack(with_dead=has_lists)
+        if self._space.mean_V is not None:
+            arrays["mean"] = self._space.mean_V
+        if self._space.matrix_VV is not None:
+            arrays["matrix"] = self._space.matrix_VV
         if self._background is not None:
-            fitted |= {"tokens": self._background.tokens_TV, "sizes": self._background.sizes_N}
-        arrays |= {name: values for name, values in fitted.items() if values is not None}
+            arrays |= {"tokens": self._background.tokens_TV, "sizes": self._background.sizes_N}
+        if self._neighbours is not None and has_lists:
+            header["num_probes"] = self._neighbours.num_probes
+            arrays["lists"] = self._neighbours.to_array()
         write_snapshot(path, Snapshot(header=header, arrays=arrays))
 
     @classmethod
@@ -178,96 +220,125 @@ class NamespaceIndex:
         fingerprint: Fingerprint,
         namespace: str,
         token_keys: TokenKeys = no_token_keys,
+        background: Executor | None = None,
     ) -> NamespaceIndex | None:
         """The saved index; ``None`` if there is none, and with a warning if it is damaged or another's."""
         snapshot = read_snapshot(path, {"fingerprint": fingerprint, "namespace": namespace})
         if snapshot is None:
             return None
-        index = cls(fingerprint, namespace, token_keys)
-        index._last = tuple(snapshot.header["last_change"])
-        index._table = EntryTable.unpack(snapshot.arrays, namespace)
-        arrays = snapshot.arrays
+        index = cls(fingerprint, namespace, token_keys, background)
+        header, arrays = snapshot.header, snapshot.arrays
+        index._last = tuple(header["last_change"])
+        index._table = EntryTable.unpack(arrays, namespace)
         index._space = Space(mean_V=arrays.get("mean"), matrix_VV=arrays.get("matrix"))
         if "tokens" in arrays:
-            index._background = Background(tokens_TV=arrays["tokens"], sizes_N=arrays["sizes"])
-        index._num_fitted = snapshot.header["num_fitted"]
-        index._changes_since_fit = snapshot.header["changes_since_fit"]
+            index._background = Documents(tokens_TV=arrays["tokens"], sizes_N=arrays["sizes"])
+        if "lists" in arrays:
+            index._neighbours = Neighbours.from_array(arrays["lists"], header["num_probes"])
+        index._num_fitted = header["num_fitted"]
+        index._changes_since_fit = header["changes_since_fit"]
         return index
 
     def _add(self, change: IndexChange, vector_V: Floats) -> None:
-        size = self._table.vectors.shape[1] if self._table.num_rows else vector_V.size
-        if vector_V.size == size > 0 and np.isfinite(vector_V).all():
+        size = self._table.size if self._table.num_rows else vector_V.size
+        limit = np.finfo(np.float16).max
+        if vector_V.size == size > 0 and (np.abs(vector_V) <= limit).all():  # NaN is not
             entry = Entry(change.entry_id, change.chunk_key, change.content_key, change.turn_id, change.scope)
             self._table.append(entry, vector_V)
         elif not self._warned:
             self._warned = True
             logger.warning(
                 "chunk %s of namespace %r will not be found: its vector has %d values, others have %d, or "
-                "some are not finite (this is said once)",
+                "some are not finite or too large (this is said once)",
                 change.chunk_key, self.namespace, vector_V.size, size,
             )  # fmt: skip
 
     def _fit(self) -> None:
-        """Drop dead rows, fit the space to the live ones, and have FAISS built again."""
-        self._table.compact()
-        self._fit_space()
-        self._num_fitted = self.num_entries
-        self._changes_since_fit = 0
-        self._faiss = None
-
-    def _fit_space(self) -> None:
-        self._space, self._background = Space(), None
-        if self.num_entries < MIN_CENTRED:
+        if self._fitting is not None:
             return
-        sample = self._sampled_tokens()
-        if sum(map(len, sample)) < MIN_CENTRED:
-            self._space = centred_on(self._table.vectors)
+        rows_N = self._table.live_rows()
+        self._num_fitted, self._changes_since_fit = len(rows_N), 0
+        if not self._table.num_rows:
             return
-        tokens_TV = np.concatenate(sample)
-        self._space = whitening_of(tokens_TV)
-        self._background = Background(
-            tokens_TV=self._space.unit(tokens_TV), sizes_N=np.array([len(keys_TV) for keys_TV in sample])
-        )
+        sampled = self._table.sampled_chunks(_SAMPLED_CHUNKS)
+        if len(rows_N) <= FITTED_AT_ONCE or self._threads is None:
+            self._take(self._fitted(self._table.vectors, rows_N, sampled))
+        else:
+            self._fitting = self._threads.submit(self._fitted, self._table.vectors, rows_N, sampled)
 
-    def _sampled_tokens(self) -> list[Floats]:
-        keys = [entry.chunk_key for entry in self._table.sample(_SAMPLED_ENTRIES)]
-        size = self._table.vectors.shape[1]
-        sample = [keys_TV for keys_TV in self._token_keys(keys).values() if keys_TV.shape[1] == size]
-        while len(sample) > 1 and sum(map(len, sample)) > _SAMPLED_TOKENS:
-            sample = sample[::2]
-        return sample
+    def _fitted(self, vectors_NV: Halves, rows_N: Rows, sampled: Sequence[ChunkKey]) -> Fit:
+        return fit(vectors_NV, rows_N, list(self._token_keys(sampled).values()))
 
-    def _candidates(self, unit_1V: Floats, admitted_N: npt.NDArray[np.bool_], top_n: int) -> Rows:
-        """Rows of the ``top_n`` best admitted entries, and of all that may tie with the last -> [C]."""
-        num_admitted = int(admitted_N.sum())
-        if num_admitted == 0:
-            return np.empty(0, dtype=np.intp)
-        self._fill_faiss()
-        bitmap = np.packbits(admitted_N, bitorder="little")
-        params = _FAISS.SearchParameters(sel=_FAISS.IDSelectorBitmap(bitmap))
-        asked = wanted = min(top_n, num_admitted)
+    def _take_finished(self, *, waiting: bool = False) -> None:
+        """Take the fit of another thread, if there is one and it is done; trouble with it is a warning."""
+        if self._fitting is None or not (waiting or self._fitting.done()):
+            return
+        try:
+            self._take(self._fitting.result())
+        except (KVAgentError, RuntimeError, MemoryError, CancelledError) as err:
+            self._fitting = None
+            logger.warning("index of namespace %r goes on as it was fitted before: %s", self.namespace, err)
+
+    def _take(self, fitted: Fit) -> None:
+        """From now on search with this fit; rows that were dead when it was made are dropped."""
+        self._fitting = None
+        self._bitmaps.clear()
+        later_N = np.arange(fitted.num_rows, self._table.num_rows)
+        self._table.keep(np.concatenate([fitted.rows_N, later_N]))
+        self._space, self._background = fitted.space, fitted.background
+        self._neighbours = fitted.neighbours
+
+    def _admitted(self, scope: Scope, only: Iterable[TurnId] | None) -> _Admitted:
+        if only is None and scope in self._bitmaps:
+            self._bitmaps.move_to_end(scope)
+            return self._bitmaps[scope]
+        admitted_N = self._table.admitted(scope)
+        if only is not None:
+            admitted_N &= self._table.of_turns(only)
+        admitted = _Admitted(np.packbits(admitted_N, bitorder="little"), int(admitted_N.sum()))
+        if only is None:
+            self._bitmaps[scope] = admitted
+            if len(self._bitmaps) > _KEPT_BITMAPS:
+                self._bitmaps.popitem(last=False)
+        return admitted
+
+    def _candidates(self, unit_1V: Floats, admitted: _Admitted, top_n: int) -> tuple[Floats, Rows]:
+        """Scores and rows of the ``top_n`` best admitted entries, and of all that may tie with the last."""
+        neighbours = self._filled()
+        share = admitted.num / self._table.num_rows
+        asked = wanted = min(top_n, admitted.num)
         while True:
-            asked = min(2 * asked + 16, num_admitted)
-            scores_1C, rows_1C = self._faiss.search(unit_1V, asked, params=params)
-            if asked == num_admitted or scores_1C[0, -1] < scores_1C[0, wanted - 1] - _EQUAL_SCORES:
-                return np.asarray(rows_1C[0], dtype=np.intp)
+            asked = min(2 * asked + 16, admitted.num)
+            scores_C, rows_C = neighbours.search(unit_1V, asked, admitted.bitmap, share)
+            is_all = asked == admitted.num or len(rows_C) < asked
+            if is_all or scores_C[-1] < scores_C[wanted - 1] - _EQUAL_SCORES:
+                break
+        if neighbours.is_exact:
+            # Again in float64 and row by row, so that equal vectors have equal scores.
+            scores_C = (neighbours.vectors(rows_C).astype(np.float64) * unit_1V).sum(axis=1)
+        return scores_C, rows_C
 
-    def _fill_faiss(self) -> None:
-        raw_NV = self._table.vectors
-        if self._faiss is None:
-            self._faiss = _FAISS.IndexFlatIP(raw_NV.shape[1])
-        for start in range(self._faiss.ntotal, len(raw_NV), _BLOCK_ROWS):
-            self._faiss.add(self._space.unit(raw_NV[start : start + _BLOCK_ROWS]))
+    def _filled(self) -> Neighbours:
+        """The neighbours with every row that came since they were fitted."""
+        if self._neighbours is None:  # loaded without
+            self._neighbours = build(self._table.size, self._table.num_rows, self._block)
+        if self._table.num_rows > _MOST_ADDED * max(self._neighbours.num_rows, FITTED_AT_ONCE):
+            self._take_finished(waiting=True)
+        fill(self._neighbours, self._table.num_rows, self._block)
+        return self._neighbours
 
+    def _block(self, start: int, end: int) -> Floats:
+        return self._space.unit(self._table.vectors[start:end].astype(np.float32))
 
-def _hit(entry: Entry, score: float) -> IndexHit:
-    return IndexHit(
-        entry_id=entry.entry_id,
-        chunk_key=entry.chunk_key,
-        content_key=entry.content_key,
-        turn_id=entry.turn_id,
-        score=score,
-    )
+    def _hit(self, row: int, score: float) -> IndexHit:
+        entry = self._table[row]
+        return IndexHit(
+            entry_id=entry.entry_id,
+            chunk_key=entry.chunk_key,
+            content_key=entry.content_key,
+            turn_id=entry.turn_id,
+            score=score,
+        )
 
 
 def _identity(change: IndexChange) -> tuple[int, int, str, str]:

@@ -11,7 +11,6 @@ Legend: N documents, T tokens of all of them, t tokens of the query, V values of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,36 +23,33 @@ SHARPNESS = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Background:
-    """Some documents that stand for all: their tokens one after another, and how many each has."""
+class Documents:
+    """Their tokens one after another, and how many each has: at least one."""
 
     tokens_TV: Floats
     sizes_N: npt.NDArray[np.int64]
 
 
 def shares(
-    query_tV: Floats,
-    documents: Sequence[Floats],
-    background: Background | None = None,
-    num_others: int = 0,
+    query_tV: Floats, candidates: Documents, background: Documents | None = None, num_others: int = 0
 ) -> Floats:
-    """What part of the query each document wins -> [N], at most 1 in all; all vectors have length one.
+    """What part of the query each candidate wins -> [N], at most 1 in all; all vectors have length one.
 
-    Every document has at least one token. ``background`` stands for ``num_others`` further documents.
+    ``background`` stands for ``num_others`` further documents.
     """
-    best_Nt = _best(query_tV, np.concatenate(documents), np.array([len(one) for one in documents]))
+    best_Nt = _best(query_tV, candidates)
     top_t = best_Nt.max(axis=0)
     won_Nt = np.exp(SHARPNESS * (best_Nt - top_t))
     total_t = won_Nt.sum(axis=0)
     if background is not None and num_others > 0:
-        others_Nt = _best(query_tV, background.tokens_TV, background.sizes_N)
-        total_t = total_t + num_others * np.exp(SHARPNESS * (others_Nt - top_t)).mean(axis=0)
+        others_Nt = np.exp(SHARPNESS * (_best(query_tV, background) - top_t))
+        total_t = total_t + num_others * others_Nt.mean(axis=0)
     shares_N: Floats = (won_Nt / total_t).mean(axis=1)
     return shares_N
 
 
-def _best(query_tV: Floats, tokens_TV: Floats, sizes_N: npt.NDArray[np.int64]) -> Floats:
+def _best(query_tV: Floats, documents: Documents) -> Floats:
     """The largest product of each query token with a token of each document -> [N, t]."""
-    starts_N = np.cumsum(sizes_N) - sizes_N
-    best_Nt: Floats = np.maximum.reduceat(tokens_TV @ query_tV.T, starts_N, axis=0)
+    starts_N = np.cumsum(documents.sizes_N) - documents.sizes_N
+    best_Nt: Floats = np.maximum.reduceat(documents.tokens_TV @ query_tV.T, starts_N, axis=0)
     return best_Nt

@@ -65,6 +65,11 @@ def random_history(rng: np.random.Generator, length: int, *, removals: float = 0
     return changes
 
 
+def halves(data: bytes) -> npt.NDArray[np.float64]:
+    """A vector as an index keeps it."""
+    return np.frombuffer(data, dtype="<f4").astype(np.float16).astype(np.float64)
+
+
 @dataclass
 class Oracle:
     """The same search, by the book: one Python loop, everything in float64."""
@@ -78,7 +83,7 @@ class Oracle:
         for step in changes:
             self.live.pop(step.entry_id, None)
             if step.vector is not None:
-                self.live[step.entry_id] = (step, np.frombuffer(step.vector, dtype="<f4").astype(np.float64))
+                self.live[step.entry_id] = (step, halves(step.vector))
             self.since_fit += 1
             if self.since_fit >= self.fitted:
                 vectors = [vector for _, vector in self.live.values()]

@@ -282,3 +282,23 @@ def test_a_damaged_sketch_costs_its_tokens_only(caplog: pytest.LogCaptureFixture
     feed = Damaged([change(1, QUERY, turn="a"), change(2, -QUERY, turn="b")])
     assert turns(engine(feed).search(QUERY, Scope(), 5)) == ["a", "b"]
     assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_namespaces_that_nobody_searches_are_saved_and_dropped(tmp_path: Path) -> None:
+    feed = FakeFeed([change(i, QUERY, turn=f"t{i}", scope=Scope(namespace=f"n{i}")) for i in range(1, 51)])
+    searching = RetrievalEngine(feed, FINGERPRINT, tmp_path, max_bytes=1_000)
+    for _ in range(2):
+        for i in range(1, 51):
+            assert turns(searching.search(QUERY, Scope(namespace=f"n{i}"), 5)) == [f"t{i}"]
+    assert 1 <= searching.num_loaded < 10
+    assert len(list(tmp_path.iterdir())) >= 40
+    feed.changes.append(change(99, QUERY, turn="later", scope=Scope(namespace="n1")))
+    assert set(turns(searching.search(QUERY, Scope(namespace="n1"), 5))) == {"t1", "later"}
+
+
+def test_an_idle_namespace_goes_when_another_is_searched() -> None:
+    feed = FakeFeed([change(i, QUERY, turn=f"t{i}", scope=Scope(namespace=f"n{i}")) for i in range(1, 4)])
+    searching = RetrievalEngine(feed, FINGERPRINT, None, idle_s=0.0)
+    for i in range(1, 4):
+        assert turns(searching.search(QUERY, Scope(namespace=f"n{i}"), 5)) == [f"t{i}"]
+        assert searching.num_loaded == 1

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from kv_agent.retrieval.interaction import SHARPNESS, Background, shares
+from kv_agent.retrieval.interaction import SHARPNESS, Documents, shares
 
 
 def unit(rng: np.random.Generator, num_tokens: int, size: int = 8) -> np.ndarray:
@@ -15,8 +15,8 @@ def unit(rng: np.random.Generator, num_tokens: int, size: int = 8) -> np.ndarray
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
-def background_of(documents: list[np.ndarray]) -> Background:
-    return Background(
+def bag(documents: list[np.ndarray]) -> Documents:
+    return Documents(
         tokens_TV=np.concatenate(documents), sizes_N=np.array([len(document) for document in documents])
     )
 
@@ -34,10 +34,10 @@ def test_shares_are_the_mean_softmax_of_best_cosines(num_others: int) -> None:
         total = sum(math.exp(SHARPNESS * cosine) for cosine in best)
         total += num_others * sum(math.exp(SHARPNESS * cosine) for cosine in rest) / 3
         expected += [math.exp(SHARPNESS * cosine) / total / 6 for cosine in best]
-    found = shares(query, documents, background_of(others), num_others)
+    found = shares(query, bag(documents), bag(others), num_others)
     assert found == pytest.approx(expected, rel=1e-4)
     if not num_others:
-        assert shares(query, documents) == pytest.approx(expected, rel=1e-4)
+        assert shares(query, bag(documents)) == pytest.approx(expected, rel=1e-4)
         assert found.sum() == pytest.approx(1, rel=1e-5)
 
 
@@ -45,7 +45,7 @@ def test_what_all_have_in_common_says_nothing() -> None:
     common, rare, other = np.eye(3, dtype=np.float32)
     documents = [np.stack([common, rare]), *(np.stack([common, other]) for _ in range(9))]
     query = np.stack([common, rare])
-    plain, *rest = shares(query, documents)
+    plain, *rest = shares(query, bag(documents))
     assert plain > 10 * max(rest)
 
 
@@ -54,7 +54,7 @@ def test_others_take_weight_from_what_they_have_too() -> None:
     frequent, rare, other = np.eye(3, dtype=np.float32)
     documents = [frequent[None], rare[None]]
     query = np.stack([frequent, rare])
-    one, two = shares(query, documents)
+    one, two = shares(query, bag(documents))
     assert one == pytest.approx(two)
-    one, two = shares(query, documents, background_of([np.stack([frequent, other])]), 100)
+    one, two = shares(query, bag(documents), bag([np.stack([frequent, other])]), 100)
     assert two > 5 * one
