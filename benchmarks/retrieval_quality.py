@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--corpus", default="world-2000", help="world-N, or LoCoMo's file")
     parser.add_argument("--queries", type=int, default=400, help="questions asked of a world")
-    parser.add_argument("--only", default="", help="only methods whose name contains this")
+    parser.add_argument("--only", nargs="*", default=[""], help="methods whose name contains one of these")
     parser.add_argument("--results", type=Path, help="file that gets one JSON line")
     args = parser.parse_args()
     started = time.perf_counter()
@@ -198,7 +198,11 @@ def main() -> None:
     methods |= dict(by_keys(num_layers))
     for mode in get_args(Mode):
         methods[f"kv_agent, {mode}"] = partial(Case.product, mode=mode)
-    methods = {name: m for name, m in methods.items() if args.only in name or name.startswith("BM25")}
+    methods = {
+        name: method
+        for name, method in methods.items()
+        if name.startswith("BM25") or any(part in name for part in args.only)
+    }
     found = compare(cases, methods)
     for name, groups in sorted(found.items(), key=lambda item: -item[1]["all"]["recall@5"]):
         row = groups["all"]

@@ -1,6 +1,6 @@
 """kv_agent: every turn a model computes becomes a memory whose KV cache can be put back."""
 
-from kv_agent.chunks import Scope
+from kv_agent.chunks import Scope, TurnFilter
 from kv_agent.errors import (
     ConfigError,
     CorruptChunkError,
@@ -23,5 +23,6 @@ __all__ = [
     "Memory",
     "Scope",
     "StorageError",
+    "TurnFilter",
     "UnsupportedModelError",
 ]

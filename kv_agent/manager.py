@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
+from urllib.parse import quote
 
 from kv_agent.chunks import ChunkKey, ChunkRecord, Fingerprint, Scope, TurnId, root_key
 from kv_agent.config import default_store_dir
@@ -16,6 +17,8 @@ from kv_agent.engines.base import Call, Completion, Engine
 from kv_agent.errors import ConfigError, KVAgentError
 from kv_agent.prompting import ChatPrompts
 from kv_agent.retrieval.engine import RetrievalEngine
+from kv_agent.retrieval.texts import TextEmbedder, TextFeed, embedded
+from kv_agent.searching import Library, TextVoice
 from kv_agent.storage.store import LocalStore
 from kv_agent.vllm_plugin.chains import walk
 
@@ -37,8 +40,9 @@ class CacheManager:
 
     ``engine`` is ``"vllm"`` or an object with the :class:`~kv_agent.engines.base.Engine` methods that
     captures into the same ``store``. ``backend`` says where hot KV is kept: ``"gpu"`` in GPU memory,
-    ``"cpu"`` in host memory. Further keywords go to ``vllm.LLM``; ``settings`` are the plugin's own
-    (``chunk_tokens``, ``host_bytes``, ...).
+    ``"cpu"`` in host memory. ``embedder`` (a ``SentenceTransformer``, say) gives hybrid searches a third
+    voice; what it computed is kept on disk if it has a ``name`` attribute. Further keywords go to
+    ``vllm.LLM``; ``settings`` are the plugin's own (``chunk_tokens``, ``host_bytes``, ...).
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class CacheManager:
         store: str | Path | None = None,
         backend: Backend = "auto",
         settings: Mapping[str, Any] | None = None,
+        embedder: TextEmbedder | None = None,
         **engine_options: Any,
     ) -> None:
         if isinstance(engine, str) and engine != "vllm":
@@ -70,6 +75,7 @@ class CacheManager:
             self._store.close()
             raise
         self._index = RetrievalEngine(self._store.catalog, self._engine.fingerprint, root / "index")
+        self._texts = None if embedder is None else self._text_voice(embedder, root / "index")
         self.prompts = ChatPrompts(self._engine.tokenizer)
 
     # -- what users call ----------------------------------------------------------------------------
@@ -132,6 +138,8 @@ class CacheManager:
         try:
             self.wait_durable()
             self._index.close()
+            if self._texts is not None:
+                self._texts.index.close()
         finally:
             self._engine.close()
             self._store.close()
@@ -161,6 +169,13 @@ class CacheManager:
     @property
     def index(self) -> RetrievalEngine:
         return self._index
+
+    @property
+    def library(self) -> Library:
+        """Where memories of this manager's model are searched."""
+        return Library(
+            catalog=self._store.catalog, index=self._index, fingerprint=self.fingerprint, texts=self._texts
+        )
 
     def attach(self, scope: Scope) -> None:
         """Note that a memory of this user is open; see :meth:`store_kv`."""
@@ -211,6 +226,15 @@ class CacheManager:
             raise ConfigError(
                 f"{what} needs {num_tokens} tokens, the model takes {self.max_model_len}; make it shorter"
             )
+
+    def _text_voice(self, embedder: TextEmbedder, folder: Path) -> TextVoice:
+        feed = TextFeed(self._store.catalog, embedder)
+        name = getattr(embedder, "name", None)  # vectors of another embedder must not be taken for its own
+        snapshots = folder / f"texts-{quote(name, safe='')}" if isinstance(name, str) and name else None
+        return TextVoice(
+            index=RetrievalEngine(feed, self.fingerprint, snapshots),
+            embed=lambda query: embedded(embedder, [query])[0],
+        )
 
     def _only_scope(self) -> Scope:
         if len(self._attached) > 1:

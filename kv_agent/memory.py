@@ -14,7 +14,7 @@ from kv_agent.errors import ConfigError
 from kv_agent.manager import Backend, CacheManager, scope_options
 from kv_agent.planning import build_prompt
 from kv_agent.retrieval.sketches import from_sketch
-from kv_agent.searching import Found, Library, Mode, Request, Voice, VoiceName, find_turns
+from kv_agent.searching import Found, Mode, Request, Voice, VoiceName, find_turns
 from kv_agent.storage.catalog import Catalog
 
 Share = Literal["user", "agent", "session"]
@@ -109,18 +109,17 @@ class AgentMemory:
 
         ``mode`` says what is compared, and what ``Memory.score`` is: ``"latent"`` the model's own keys (the
         part of the query's tokens that a memory wins), ``"lexical"`` the words (BM25; the model is not
-        asked), ``"hybrid"`` both (their reciprocal ranks added up). ``only`` narrows by time and metadata.
-        Behind the ``top_k`` come, oldest first, up to ``neighbours`` turns before and after each of them
-        in its session. ``explain`` fills ``Memory.voices``.
+        asked), ``"hybrid"`` both, and the manager's ``embedder`` (their reciprocal ranks added up). ``only``
+        narrows by time and metadata. Behind the ``top_k`` come, oldest first, up to ``neighbours`` turns
+        before and after each of them in its session. ``explain`` fills ``Memory.voices``. An empty query
+        finds nothing.
         """
         request = Request(query=query, scope=self._reading, top_k=top_k, mode=mode, only=only)
         if neighbours < 0:
             raise ConfigError(f"neighbours must be >= 0, got {neighbours}")
-        manager = self._manager
-        manager.wait_durable()
-        catalog = manager.store.catalog
-        library = Library(catalog=catalog, index=manager.index, fingerprint=manager.fingerprint)
-        found = find_turns(library, self._probe, request)
+        self._manager.wait_durable()
+        catalog = self._manager.store.catalog
+        found = find_turns(self._manager.library, self._probe, request)
         memories = [_memory(one.turn, one.score, voices=one.voices if explain else {}) for one in found]
         return memories + _beside(found, catalog, self._reading, neighbours)
 

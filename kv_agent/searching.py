@@ -13,7 +13,7 @@ from kv_agent.storage.catalog import Catalog
 from kv_agent.storage.words import words
 
 Mode = Literal["hybrid", "latent", "lexical"]
-VoiceName = Literal["latent", "lexical"]
+VoiceName = Literal["latent", "lexical", "embedding"]
 Probe = Callable[[str], Any]  # the keys of a query's tokens, [t, V]
 
 _DEPTH = 100  # places of each voice that count in a fusion
@@ -23,12 +23,21 @@ _SPARE = 4  # times top_k are looked at, so that duplicates can give way
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TextVoice:
+    """An index over embeddings of texts, and what embeds a query -> [V]."""
+
+    index: RetrievalEngine
+    embed: Callable[[str], Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Library:
-    """Where is searched: the memories of one model."""
+    """Where is searched: the memories of one model. Hybrid asks ``texts``, too, where there is one."""
 
     catalog: Catalog
     index: RetrievalEngine
     fingerprint: Fingerprint
+    texts: TextVoice | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,11 +79,17 @@ def find_turns(library: Library, probe: Probe, request: Request) -> list[Found]:
 
     ``probe`` gives the keys of the query's tokens; it is called only when they are needed. Hybrid adds up
     reciprocal ranks (Cormack et al., 2009); what words find is also compared by keys. Among equals the newer
-    comes first, and of turns that say nearly the same all but the newest come last.
+    comes first, and of turns that say nearly the same all but the newest come last. An empty query finds
+    nothing.
     """
+    if not request.query.strip():
+        return []
     depth = _SPARE * request.top_k
     if request.mode == "hybrid":
         depth = max(depth, _DEPTH)
+    only = None
+    if request.mode != "lexical" and not request.only.admits_all:
+        only = library.catalog.turn_ids(request.scope, request.only)
     said: dict[VoiceName, list[tuple[TurnId, float]]] = {}
     if request.mode != "latent":
         hits = library.catalog.search_text(
@@ -82,7 +97,14 @@ def find_turns(library: Library, probe: Probe, request: Request) -> list[Found]:
         )
         said["lexical"] = [(hit.turn_id, hit.score) for hit in hits]
     if request.mode != "lexical":
-        said["latent"] = _by_keys(library, probe, request, depth, said.get("lexical", ()))
+        by_words = [turn_id for turn_id, _ in said.get("lexical", ())]
+        keys_tV = probe(request.query)
+        found_by_keys = library.index.search(keys_tV, request.scope, depth, also=by_words, only=only)
+        said["latent"] = [(hit.turn_id, hit.score) for hit in found_by_keys]
+    if request.mode == "hybrid" and library.texts is not None:
+        vector_V = library.texts.embed(request.query)
+        found_by_text = library.texts.index.search(vector_V, request.scope, depth, only=only)
+        said["embedding"] = [(hit.turn_id, hit.score) for hit in found_by_text]
     scores = dict(said[request.mode]) if request.mode != "hybrid" else _fused(said.values())
     best = sorted(scores, key=lambda turn_id: -scores[turn_id])[: _SPARE * request.top_k]
     turns = library.catalog.turns(best)
@@ -98,21 +120,6 @@ def find_turns(library: Library, probe: Probe, request: Request) -> list[Found]:
     ]
     found.sort(key=lambda one: (-one.score, -one.turn.created))
     return _without_repetition(found)[: request.top_k]
-
-
-def _by_keys(
-    library: Library,
-    probe: Probe,
-    request: Request,
-    depth: int,
-    by_words: Iterable[tuple[TurnId, float]],
-) -> list[tuple[TurnId, float]]:
-    only = None
-    if not request.only.admits_all:
-        only = library.catalog.turn_ids(request.scope, request.only)
-    also = [turn_id for turn_id, _ in by_words]
-    hits = library.index.search(probe(request.query), request.scope, depth, also=also, only=only)
-    return [(hit.turn_id, hit.score) for hit in hits]
 
 
 def _fused(rankings: Iterable[Sequence[tuple[TurnId, float]]]) -> dict[TurnId, float]:

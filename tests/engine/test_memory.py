@@ -405,6 +405,37 @@ def test_neighbours_come_behind_what_was_found_within_what_may_be_read(manager: 
         one.retrieve("Where?", neighbours=-1)
 
 
+class Synonyms:
+    """A text embedder of two topics."""
+
+    name = "test/synonyms 1"
+
+    def encode(self, sentences: list[str], /) -> list[list[float]]:
+        topics = (("live", "lives", "house", "dwelling"), ("eat", "food", "soup"))
+        return [
+            [float(any(word in re.findall("[a-z]+", text.lower()) for word in topic)) for topic in topics]
+            for text in sentences
+        ]
+
+
+def test_an_embedder_is_a_third_voice_of_hybrid_searches(recall_engine: SharedEngine, store: Path) -> None:
+    with CacheManager(recall_engine, store=store, embedder=Synonyms()) as manager:
+        memory = AgentMemory(manager, user_id="synonyms", namespace="synonyms")
+        memory.store("Mara Dubois lives in Oslo.", REPLY)
+        memory.store("The favorite food of Ida Castillo is soup.", REPLY)
+        best, _ = memory.retrieve("Whose dwelling?", top_k=2, explain=True)
+        assert "Oslo" in best.text
+        assert best.voices["embedding"].rank == 1
+    assert len(list((store / "index").glob("texts-*/*.safetensors"))) == 1
+
+
+def test_an_empty_query_finds_nothing_and_is_answered_without_memories(manager: CacheManager) -> None:
+    memory = AgentMemory(manager, user_id="empty")
+    memory.store("Mara Dubois lives in Oslo.", REPLY)
+    assert memory.retrieve("  ") == []
+    assert memory.generate(" ", max_tokens=2, store=False).memories == ()
+
+
 def test_the_quick_start_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
     readme = (support.REPOSITORY / "README.md").read_text()
     match = re.search(r"```python\n(from kv_agent import AgentMemory.*?)```", readme, re.DOTALL)

@@ -36,8 +36,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engines": ENGINES_NEED,
     "prompting": BASE,
     "planning": BASE | {"prompting"},
-    "manager": USER_LAYER_NEEDS,
-    "searching": USER_LAYER_NEEDS | {"manager"},
+    "searching": BASE | {"retrieval", "storage"},
+    "manager": USER_LAYER_NEEDS | {"searching"},
     "memory": USER_LAYER_NEEDS | {"manager", "searching"},
     "agents": USER_LAYER_NEEDS | {"manager", "memory"},
 }

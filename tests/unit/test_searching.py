@@ -230,3 +230,11 @@ def test_an_empty_store_and_more_than_there_is_are_no_trouble(shelf: Shelf, mode
     assert shelf.find(mode) == {}
     shelf.add("only", "Mara", (1, 0, 0))
     assert list(shelf.find(mode, top_k=1000)) == ["only"]
+
+
+@pytest.mark.parametrize("query", ["", "  \n"])
+def test_an_empty_query_finds_nothing_and_asks_nobody(shelf: Shelf, query: str) -> None:
+    shelf.add("only", "Mara", (1, 0, 0))
+    request = Request(query=query, scope=Scope(), top_k=5)
+    assert find_turns(shelf.library, shelf.probe, request) == []
+    assert shelf.num_probes == 0
