@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
 
 _SHRINKAGE = 1e-2  # of the mean variance, added to each, so that rounding is not blown up
 _NOTHING_LEFT = 1e-6  # of a vector's length: what remains is rounding
@@ -44,13 +45,29 @@ def centred_on(vectors_NV: Floats) -> Space:
 def whitening_of(tokens_TV: Floats) -> Space:
     """Mean zero and, but for shrinkage, unit covariance over these tokens."""
     mean_V = tokens_TV.mean(axis=0, dtype=np.float64)
-    covariance_VV = np.atleast_2d(np.cov(tokens_TV - mean_V, rowvar=False, dtype=np.float64, bias=True))
-    variances_V, directions_VV = np.linalg.eigh(covariance_VV)
-    mean_variance = variances_V.mean()
+    variances_R, directions_VR = _principal(tokens_TV - mean_V)
+    mean_variance = variances_R.sum() / len(mean_V)
     if mean_variance <= _NOTHING_LEFT**2 * (mean_V**2).mean():  # all tokens are the same
         return Space(mean_V=mean_V.astype(np.float32))
-    scales_V = (variances_V.clip(min=0) + _SHRINKAGE * mean_variance) ** -0.5
-    return Space(mean_V=mean_V.astype(np.float32), matrix_VV=(directions_VV * scales_V).astype(np.float32))
+    shrinkage = _SHRINKAGE * mean_variance
+    # Directions in which no token varies have the shrinkage alone.
+    elsewhere = shrinkage**-0.5
+    scales_R = (variances_R + shrinkage) ** -0.5 - elsewhere
+    matrix_VV = (directions_VR * scales_R) @ directions_VR.T
+    matrix_VV[np.diag_indices_from(matrix_VV)] += elsewhere
+    return Space(mean_V=mean_V.astype(np.float32), matrix_VV=matrix_VV.astype(np.float32))
+
+
+def _principal(centred_TV: Doubles) -> tuple[Doubles, Doubles]:
+    """Variances and directions in which these tokens vary -> [R], [V, R], by the smaller of two matrices."""
+    num_tokens, size = centred_TV.shape
+    if num_tokens >= size:
+        variances_R, directions_VR = np.linalg.eigh(centred_TV.T @ centred_TV / num_tokens)
+        return variances_R.clip(min=0), directions_VR
+    variances_R, mixtures_TR = np.linalg.eigh(centred_TV @ centred_TV.T / num_tokens)
+    is_left_R = variances_R > _NOTHING_LEFT * variances_R.max(initial=0)
+    variances_R, mixtures_TR = variances_R[is_left_R], mixtures_TR[:, is_left_R]
+    return variances_R, centred_TV.T @ mixtures_TR / np.sqrt(num_tokens * variances_R)
 
 
 def _lengths(vectors_NV: Floats) -> Floats:

@@ -423,9 +423,8 @@ def test_an_embedder_is_a_third_voice_of_hybrid_searches(recall_engine: SharedEn
         memory = AgentMemory(manager, user_id="synonyms", namespace="synonyms")
         memory.store("Mara Dubois lives in Oslo.", REPLY)
         memory.store("The favorite food of Ida Castillo is soup.", REPLY)
-        best, _ = memory.retrieve("Whose dwelling?", top_k=2, explain=True)
-        assert "Oslo" in best.text
-        assert best.voices["embedding"].rank == 1
+        found = memory.retrieve("Whose dwelling?", top_k=2, explain=True)
+        assert {("Oslo" in one.text): one.voices["embedding"].rank for one in found} == {True: 1, False: 2}
     assert len(list((store / "index").glob("texts-*/*.safetensors"))) == 1
 
 
