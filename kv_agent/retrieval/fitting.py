@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from kv_agent.chunks import ChunkKey
 from kv_agent.retrieval.entries import Floats, Halves, Rows
 from kv_agent.retrieval.interaction import Documents
 from kv_agent.retrieval.neighbours import Neighbours, build
@@ -25,15 +26,17 @@ class Fit:
     num_rows: int  # of the table, dead ones included, when it was fitted
     space: Space
     background: Documents | None
+    sampled: list[ChunkKey]  # the documents of the background
     neighbours: Neighbours
 
 
-def fit(vectors_NV: Halves, rows_N: Rows, sample: Sequence[Floats]) -> Fit:
+def fit(vectors_NV: Halves, rows_N: Rows, sample: Mapping[ChunkKey, Floats]) -> Fit:
     """``vectors_NV`` with dead rows, ``rows_N`` the live ones; ``sample`` holds tokens [T, V] of some."""
     size = vectors_NV.shape[1]
-    known = [keys_TV for keys_TV in sample if keys_TV.shape[1] == size and len(keys_TV)]
-    while len(known) > 1 and sum(map(len, known)) > _SAMPLED_TOKENS:
-        known = known[::2]
+    sampled = [key for key, keys_TV in sample.items() if keys_TV.shape[1] == size and len(keys_TV)]
+    while len(sampled) > 1 and sum(len(sample[key]) for key in sampled) > _SAMPLED_TOKENS:
+        sampled = sampled[::2]
+    known = [sample[key] for key in sampled]
     space, background = Space(), None
     if len(rows_N) >= MIN_CENTRED and sum(map(len, known)) >= MIN_CENTRED:
         tokens_TV = np.concatenate(known)
@@ -49,6 +52,7 @@ def fit(vectors_NV: Halves, rows_N: Rows, sample: Sequence[Floats]) -> Fit:
         num_rows=len(vectors_NV),
         space=space,
         background=background,
+        sampled=sampled if background is not None else [],
         neighbours=build(
             size, len(rows_N), lambda a, b: space.unit(vectors_NV[rows_N[a:b]].astype(np.float32))
         ),

@@ -60,6 +60,14 @@ class IndexHit:
     score: float
 
 
+class _Due(NamedTuple):
+    """A fit to be made: the table's vectors, its live rows, and the chunks that stand for all."""
+
+    vectors_NV: Halves
+    rows_N: Rows
+    sampled: list[ChunkKey]
+
+
 class _Admitted(NamedTuple):
     """Rows that a scope admits, one bit each, and their number."""
 
@@ -91,6 +99,8 @@ class NamespaceIndex:
         self._neighbours: Neighbours | None = None  # of the first rows; a search adds the rest
         self._num_fitted = 0
         self._changes_since_fit = 0
+        self._sampled: list[ChunkKey] = []  # whose tokens the space and the background are from
+        self._due: _Due | None = None
         self._fitting: Future[Fit] | None = None
         self._bitmaps: OrderedDict[Scope, _Admitted] = OrderedDict()
         self._warned = False
@@ -106,8 +116,11 @@ class NamespaceIndex:
 
     @property
     def num_bytes(self) -> int:
-        """Of the columns; what FAISS holds comes on top."""
-        return self._table.num_bytes
+        """Of columns, space and background; what FAISS holds comes on top."""
+        fitted = [self._space.mean_V, self._space.matrix_VV]
+        if self._background is not None:
+            fitted.append(self._background.tokens_TV)
+        return self._table.num_bytes + sum(values.nbytes for values in fitted if values is not None)
 
     @property
     def space(self) -> Space:
@@ -154,8 +167,8 @@ class NamespaceIndex:
             self._changes_since_fit += 1
             # As many changes as entries: at the latest when their number has doubled. Amortised O(1).
             if self._changes_since_fit >= self._num_fitted:
-                self._take_finished()
-                self._fit()
+                self._num_fitted, self._changes_since_fit = self._table.num_live, 0
+                self._due = self._due_now()
 
     def search(
         self,
@@ -180,17 +193,20 @@ class NamespaceIndex:
             raise ValueError(f"the query has {query_V.size} values, stored vectors have {self._table.size}")
         if not np.isfinite(query_V).all():
             raise ValueError("the query has values that are not finite")
-        self._take_finished()
+        self._fit()
+        neighbours = self._filled()  # may take a fit: what follows is in its space and its rows
         admitted = self._admitted(scope, only)
         if admitted.num == 0:
             return []
         unit_1V = self._space.unit(query_V[None])
-        scores_C, rows_C = self._candidates(unit_1V, admitted, top_n)
+        scores_C, rows_C = self._candidates(neighbours, unit_1V, admitted, top_n)
         best_first = np.lexsort((-rows_C, -scores_C.round(_SCORE_DIGITS)))[:top_n]
         return [self._hit(int(rows_C[i]), float(scores_C[i])) for i in best_first]
 
     def save(self, path: Path) -> None:
         """Write a snapshot, replacing ``path`` at once; raises ``OSError``."""
+        if not self._takes_long(self._due):
+            self._fit()
         has_lists = self._neighbours is not None and not self._neighbours.is_exact
         header = {
             "fingerprint": self.fingerprint,
@@ -198,16 +214,18 @@ class NamespaceIndex:
             "last_change": self._last,
             "num_fitted": self._num_fitted,
             # A fit that is under way is begun again by whoever loads this.
-            "changes_since_fit": self._num_fitted if self._fitting else self._changes_since_fit,
+            "changes_since_fit": self._num_fitted if self._fitting or self._due else self._changes_since_fit,
         }
         # Lists number all rows; without lists everything is made again as fast as it is read.
         arrays = self._table.pack(with_dead=has_lists)
-        if self._space.mean_V is not None:
-            arrays["mean"] = self._space.mean_V
-        if self._space.matrix_VV is not None:
-            arrays["matrix"] = self._space.matrix_VV
-        if self._background is not None:
+        if self._background is None:
+            if self._space.mean_V is not None:
+                arrays["mean"] = self._space.mean_V
+        elif self._space.mean_V is not None and self._space.matrix_VV is not None and has_lists:
+            arrays |= {"mean": self._space.mean_V, "matrix": self._space.matrix_VV}
             arrays |= {"tokens": self._background.tokens_TV, "sizes": self._background.sizes_N}
+        else:  # they are larger than the vectors of few entries, and soon made again
+            header["sampled"] = self._sampled
         if self._neighbours is not None and has_lists:
             header["num_probes"] = self._neighbours.num_probes
             arrays["lists"] = self._neighbours.to_array()
@@ -231,8 +249,11 @@ class NamespaceIndex:
         index._last = tuple(header["last_change"])
         index._table = EntryTable.unpack(arrays, namespace)
         index._space = Space(mean_V=arrays.get("mean"), matrix_VV=arrays.get("matrix"))
+        index._sampled = header.get("sampled", [])
         if "tokens" in arrays:
             index._background = Documents(tokens_TV=arrays["tokens"], sizes_N=arrays["sizes"])
+        if index._sampled:
+            index._due = _Due(index._table.vectors, index._table.live_rows(), index._sampled)
         if "lists" in arrays:
             index._neighbours = Neighbours.from_array(arrays["lists"], header["num_probes"])
         index._num_fitted = header["num_fitted"]
@@ -253,21 +274,30 @@ class NamespaceIndex:
                 change.chunk_key, self.namespace, vector_V.size, size,
             )  # fmt: skip
 
-    def _fit(self) -> None:
-        if self._fitting is not None:
-            return
-        rows_N = self._table.live_rows()
-        self._num_fitted, self._changes_since_fit = len(rows_N), 0
+    def _due_now(self) -> _Due | None:
         if not self._table.num_rows:
-            return
+            return None
         sampled = self._table.sampled_chunks(_SAMPLED_CHUNKS)
-        if len(rows_N) <= FITTED_AT_ONCE or self._threads is None:
-            self._take(self._fitted(self._table.vectors, rows_N, sampled))
-        else:
-            self._fitting = self._threads.submit(self._fitted, self._table.vectors, rows_N, sampled)
+        return _Due(self._table.vectors, self._table.live_rows(), sampled)
 
-    def _fitted(self, vectors_NV: Halves, rows_N: Rows, sampled: Sequence[ChunkKey]) -> Fit:
-        return fit(vectors_NV, rows_N, list(self._token_keys(sampled).values()))
+    def _takes_long(self, due: _Due | None) -> bool:
+        return due is not None and self._threads is not None and len(due.rows_N) > FITTED_AT_ONCE
+
+    def _fit(self) -> None:
+        """Make the fit that is due, now or on another thread; take one that was made there."""
+        self._take_finished()
+        due = self._due
+        if due is None or self._fitting is not None:
+            return
+        self._due = None
+        if self._threads is not None and self._takes_long(due):
+            self._fitting = self._threads.submit(self._fitted, due)
+        else:
+            self._take(self._fitted(due))
+
+    def _fitted(self, due: _Due) -> Fit:
+        known = self._token_keys(due.sampled)
+        return fit(due.vectors_NV, due.rows_N, {key: known[key] for key in due.sampled if key in known})
 
     def _take_finished(self, *, waiting: bool = False) -> None:
         """Take the fit of another thread, if there is one and it is done; trouble with it is a warning."""
@@ -286,7 +316,10 @@ class NamespaceIndex:
         later_N = np.arange(fitted.num_rows, self._table.num_rows)
         self._table.keep(np.concatenate([fitted.rows_N, later_N]))
         self._space, self._background = fitted.space, fitted.background
+        self._sampled = fitted.sampled
         self._neighbours = fitted.neighbours
+        if self._due is not None:  # its rows have other numbers now
+            self._due = self._due_now()
 
     def _admitted(self, scope: Scope, only: Iterable[TurnId] | None) -> _Admitted:
         if only is None and scope in self._bitmaps:
@@ -302,9 +335,10 @@ class NamespaceIndex:
                 self._bitmaps.popitem(last=False)
         return admitted
 
-    def _candidates(self, unit_1V: Floats, admitted: _Admitted, top_n: int) -> tuple[Floats, Rows]:
+    def _candidates(
+        self, neighbours: Neighbours, unit_1V: Floats, admitted: _Admitted, top_n: int
+    ) -> tuple[Floats, Rows]:
         """Scores and rows of the ``top_n`` best admitted entries, and of all that may tie with the last."""
-        neighbours = self._filled()
         share = admitted.num / self._table.num_rows
         asked = wanted = min(top_n, admitted.num)
         while True:
@@ -320,10 +354,11 @@ class NamespaceIndex:
 
     def _filled(self) -> Neighbours:
         """The neighbours with every row that came since they were fitted."""
-        if self._neighbours is None:  # loaded without
-            self._neighbours = build(self._table.size, self._table.num_rows, self._block)
-        if self._table.num_rows > _MOST_ADDED * max(self._neighbours.num_rows, FITTED_AT_ONCE):
+        num_fitted = 0 if self._neighbours is None else self._neighbours.num_rows
+        if self._table.num_rows > _MOST_ADDED * max(num_fitted, FITTED_AT_ONCE):
             self._take_finished(waiting=True)
+        if self._neighbours is None:
+            self._neighbours = build(self._table.size, self._table.num_rows, self._block)
         fill(self._neighbours, self._table.num_rows, self._block)
         return self._neighbours
 

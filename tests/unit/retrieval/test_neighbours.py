@@ -159,21 +159,23 @@ def test_a_large_index_serves_on_while_it_is_fitted(monkeypatch: pytest.MonkeyPa
     held = Held()
     index = NamespaceIndex(FINGERPRINT, "default", background=held)
     rows = clustered(600, DIM)
-    fill_index(index, rows[:300])
-    assert len(held.waiting) == 1
+    fill_index(index, rows[:100])
+    assert index.search(rows[4], Scope(), 1)[0].entry_id == 5
+    assert not held.waiting
+    fill_index(index, rows[100:300], 101)
     index.apply([change(301, None, entry_id=3)])
     before = index.space
     assert index.search(rows[4], Scope(), 299)[0].entry_id == 5
+    assert index.search(rows[250], Scope(), 1)[0].entry_id == 251
+    assert len(held.waiting) == 1
+    index.apply([change(302, None, entry_id=7)])
 
     held.run()
     fill_index(index, rows[300:350], 1001)
     found = [hit.entry_id for hit in index.search(rows[4], Scope(), 999)]
     assert index.space is not before
     assert found[0] == 5
-    assert sorted(found) == sorted({*range(1, 301), *range(1001, 1051)} - {3})
-    once = NamespaceIndex(FINGERPRINT, "default")
-    fill_index(once, rows[:300])
-    assert once.search(rows[4], Scope(), 3)[0].entry_id == 5
+    assert sorted(found) == sorted({*range(1, 301), *range(1001, 1051)} - {3, 7})
 
 
 def test_a_fit_that_fails_is_a_warning(
@@ -188,10 +190,24 @@ def test_a_fit_that_fails_is_a_warning(
     index = NamespaceIndex(FINGERPRINT, "default", background=held)
     rows = clustered(300, DIM)
     fill_index(index, rows)
+    assert index.search(rows[9], Scope(), 1)[0].entry_id == 10
     monkeypatch.setattr(index_module, "fit", out_of_memory)
     held.run()
     assert index.search(rows[9], Scope(), 1)[0].entry_id == 10
     assert ["no room for lists" in record.message for record in caplog.records] == [True]
+
+
+def test_a_bulk_of_changes_is_waited_for_rather_than_searched_unfitted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(index_module, "FITTED_AT_ONCE", 50)
+    rows = clustered(1000, DIM)
+    with ThreadPoolExecutor(1) as threads:
+        index = NamespaceIndex(FINGERPRINT, "default", background=threads)
+        fill_index(index, rows)
+        expected = NamespaceIndex(FINGERPRINT, "default")
+        fill_index(expected, rows)
+        assert index.search(rows[3], Scope(), 9) == expected.search(rows[3], Scope(), 9)
 
 
 def test_searches_of_other_threads_go_on_during_a_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,20 +221,19 @@ def test_searches_of_other_threads_go_on_during_a_fit(monkeypatch: pytest.Monkey
         assert go_on.wait(10)
         return fit(*args)
 
-    monkeypatch.setattr(index_module, "fit", slow_fit)
     rows = clustered(400, DIM)
     with ThreadPoolExecutor(1) as threads:
         index = NamespaceIndex(FINGERPRINT, "default", background=threads)
-        go_on.set()
         fill_index(index, rows[:100])
-        index._take_finished(waiting=True)
-        go_on.clear()
-        begun.clear()
+        assert index.search(rows[50], Scope(), 1)[0].entry_id == 51
+        monkeypatch.setattr(index_module, "fit", slow_fit)
         fill_index(index, rows[100:300], 101)
-        assert begun.wait(10)
         assert index.search(rows[250], Scope(), 1)[0].entry_id == 251
+        assert begun.wait(10)
         fill_index(index, rows[300:], 301)
+        index.apply([change(401, None, entry_id=8)])
         go_on.set()
         index._take_finished(waiting=True)
-        for number in (7, 250, 399):
+        for number in (50, 250, 399):
             assert index.search(rows[number], Scope(), 1)[0].entry_id == number + 1
+        assert index.num_entries == 399
