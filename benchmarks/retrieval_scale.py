@@ -230,7 +230,8 @@ def many_namespaces(num: int, chunks_each: int, size: int) -> dict[str, object]:
             return [change(row, vectors[row], namespace) for row in range(seq, chunks_each)][:limit]
 
     with tempfile.TemporaryDirectory() as folder:
-        kept = num // 10 * chunks_each * (size * 2 + 88)
+        each = chunks_each * (2 * size + 88) + 4 * size**2 + 4 * NUM_TOKENS * chunks_each * size
+        kept = num // 10 * each
         engine = RetrievalEngine(ManyFeed(texts), FINGERPRINT, Path(folder), max_bytes=kept)
         times: dict[str, list[float]] = {"first": [], "again": []}
         for name, spent in times.items():
