@@ -34,7 +34,7 @@ from kv_agent.retrieval.spaces import Space
 logger = logging.getLogger(__name__)
 
 FITTED_AT_ONCE = 4096  # entries; more of them take longer than a search may wait
-_SAMPLED_CHUNKS = 1024  # whose tokens say what the space is like
+_SAMPLED_CHUNKS = 256  # whose tokens say what the space is like
 _EQUAL_SCORES = 1e-5  # FAISS sums in float32 and in an order of its own
 _SCORE_DIGITS = 6
 _KEPT_BITMAPS = 16
