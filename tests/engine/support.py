@@ -17,7 +17,8 @@ from kv_agent.engines.vllm_local import VllmEngine
 from kv_agent.storage.catalog import Catalog
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-RECALL_MODEL = REPOSITORY / "examples" / "models" / "recall"
+MODELS = REPOSITORY / "examples" / "models"
+RECALL_MODEL = MODELS / "recall"
 _STORIES = REPOSITORY.parent / "shared" / "models" / "stories260K-hd32"
 
 # Real English weights where they are at hand; their licence keeps them out of the repository.

@@ -1,8 +1,10 @@
-"""The same promises on another architecture: the bundled model is Qwen3-style (q/k norm, other RoPE base)."""
+"""The same promises on each bundled model: Qwen3 style (q/k norm, other RoPE base, 6 heads) and Llama."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -22,24 +24,22 @@ FACTS = (
 )
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("qwen3")
+@dataclass(frozen=True)
+class Family:
+    folder: Path
+    engine: VllmEngine
+    catalog: Catalog
 
 
-@pytest.fixture(scope="module")
-def qwen3(store: Path) -> Iterator[VllmEngine]:
+@pytest.fixture(scope="module", params=["recall", "recall-llama"])
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Family]:
+    folder, store = support.MODELS / request.param, tmp_path_factory.mktemp(request.param)
     settings = {"store": str(store), "chunk_tokens": support.CHUNK}
-    engine = VllmEngine(support.RECALL_MODEL, settings, **support.ENGINE_OPTIONS)
-    yield engine
-    engine.close()
-
-
-@pytest.fixture(scope="module")
-def stored(store: Path) -> Iterator[Catalog]:
+    engine = VllmEngine(folder, settings, **support.ENGINE_OPTIONS)
     catalog = Catalog(store / "catalog.sqlite3")
-    yield catalog
+    yield Family(folder=folder, engine=engine, catalog=catalog)
     catalog.close()
+    engine.close()
 
 
 def chat(engine: VllmEngine, *turns: tuple[str, str]) -> tuple[int, ...]:
@@ -57,14 +57,24 @@ def question(engine: VllmEngine, text: str) -> tuple[int, ...]:
     )
 
 
-def test_a_resumed_conversation_equals_recomputation_bit_for_bit(qwen3: VllmEngine, stored: Catalog) -> None:
-    past = chat(qwen3, *FACTS)
-    chunks = support.capture(qwen3, stored, past)
-    prompt = past + question(qwen3, "Where does Hugo Thomsen live?")
+def test_the_two_families_differ_in_more_than_their_weights() -> None:
+    configs = [
+        json.loads((support.MODELS / name / "config.json").read_text()) for name in ("recall", "recall-llama")
+    ]
+    for field in ("model_type", "num_attention_heads", "rope_parameters"):
+        one, other = (config[field] for config in configs)
+        assert one != other, field
 
-    computed = support.run(qwen3, prompt, salt="computed")
+
+def test_a_resumed_conversation_equals_recomputation_bit_for_bit(family: Family) -> None:
+    engine, stored = family.engine, family.catalog
+    past = chat(engine, *FACTS)
+    chunks = support.capture(engine, stored, past)
+    prompt = past + question(engine, "Where does Hugo Thomsen live?")
+
+    computed = support.run(engine, prompt, salt="computed")
     resumed = support.run(
-        qwen3,
+        engine,
         prompt,
         salt="resumed",
         scope=support.scope(),
@@ -78,24 +88,23 @@ def test_a_resumed_conversation_equals_recomputation_bit_for_bit(qwen3: VllmEngi
     assert resumed.logprobs == computed.logprobs
 
 
-def test_moved_turns_answer_like_the_same_kv_assembled_in_transformers(
-    qwen3: VllmEngine, stored: Catalog
-) -> None:
+def test_moved_turns_answer_like_the_same_kv_assembled_in_transformers(family: Family) -> None:
+    engine, stored = family.engine, family.catalog
     scope = support.scope("moved")
     one, two, three = (
-        support.capture(qwen3, stored, chat(qwen3, fact), scope={**scope, "session_id": str(number)})
+        support.capture(engine, stored, chat(engine, fact), scope={**scope, "session_id": str(number)})
         for number, fact in enumerate(FACTS)
     )
     order = [*three, *one, *two]  # never computed in this order
-    fresh = question(qwen3, "What is the badge number of Lena Holm?")
+    fresh = question(engine, "What is the badge number of Lena Holm?")
     prompt = support.tokens_of(order) + fresh
     plan = support.plan(order, fresh_start=len(prompt) - len(fresh))
 
-    answer = support.run(qwen3, prompt, max_tokens=8, salt="moved", scope=scope, store=False, plan=plan)
+    answer = support.run(engine, prompt, max_tokens=8, salt="moved", scope=scope, store=False, plan=plan)
 
     assert answer.reuse.exact == three[0].num_tokens
     assert answer.reuse.adapted == one[0].num_tokens + two[0].num_tokens
-    model = AutoModelForCausalLM.from_pretrained(support.RECALL_MODEL, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(family.folder, dtype=torch.float32).eval()
     expected = support.assembled_logprobs(model, order, fresh, answer.token_ids)
     worst = max(
         abs(value - expected[step, token].item())
