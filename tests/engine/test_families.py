@@ -35,7 +35,9 @@ class Family:
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Family]:
     folder, store = support.MODELS / request.param, tmp_path_factory.mktemp(request.param)
     settings = {"store": str(store), "chunk_tokens": support.CHUNK}
-    engine = VllmEngine(folder, settings, **support.ENGINE_OPTIONS)
+    # An engine with statistics would take the place of the shared one's in the process's registry.
+    options = support.ENGINE_OPTIONS | {"disable_log_stats": True}
+    engine = VllmEngine(folder, settings, **options)
     catalog = Catalog(store / "catalog.sqlite3")
     yield Family(folder=folder, engine=engine, catalog=catalog)
     catalog.close()
