@@ -2,8 +2,8 @@
 
     python -m benchmarks.recall_accuracy examples/models/recall
 
-Worlds of the test split, of which the bundled models saw neither people nor phrasings. Writes
-``accuracy.json`` into the model's folder and prints a table.
+Worlds of the test split, of which the bundled models saw neither people nor phrasings, and the same people
+in phrasings of the training. Writes ``accuracy.json`` into the model's folder and prints a table.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 FACTS = (1, 3, 8, 20, 40, 80, 120, 160)
+WORDINGS = {"facts": Split.TEST, "known_phrasings": Split.TRAIN}  # names in accuracy.json
 MAX_MODEL_LEN = 4096
 MAX_ANSWER_TOKENS = 16
 
@@ -37,12 +39,19 @@ class Sheet(NamedTuple):
 
 
 def sit_exam(
-    answer: Answerer, tokenizer: Any, *, num_facts: int, num_worlds: int, most_prompt_tokens: int
+    answer: Answerer,
+    tokenizer: Any,
+    *,
+    num_facts: int,
+    num_worlds: int,
+    most_prompt_tokens: int,
+    wording: Split = Split.TEST,
 ) -> Sheet:
     """Questions and whether each was answered right; those with longer prompts are left out."""
     asked: list[Question] = []
     prompts: list[list[int]] = []
-    for world, questions in exam_papers(Split.TEST, num_facts=num_facts, num_worlds=num_worlds):
+    papers = exam_papers(Split.TEST, num_facts=num_facts, num_worlds=num_worlds, wording=wording)
+    for world, questions in papers:
         for question in questions:
             messages = [*world.messages, {"role": "user", "content": question.text}]
             ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
@@ -78,8 +87,8 @@ def main() -> None:
     llm = LLM(
         model=str(args.model), dtype=args.dtype, max_model_len=MAX_MODEL_LEN, seed=0, enforce_eager=True
     )
-    record: dict[str, Any] = {"provenance": provenance(), "dtype": args.dtype, "facts": {}}
-    for num_facts in args.facts:
+    record: dict[str, Any] = {"provenance": provenance(), "dtype": args.dtype}
+    for (series, wording), num_facts in product(WORDINGS.items(), args.facts):
         num_worlds = max(args.questions // min(20, max(1, round(1.5 * num_facts))), 1)
         sheet = sit_exam(
             vllm_answerer(llm),
@@ -87,15 +96,16 @@ def main() -> None:
             num_facts=num_facts,
             num_worlds=num_worlds,
             most_prompt_tokens=MAX_MODEL_LEN - MAX_ANSWER_TOKENS,
+            wording=wording,
         )
         groups = by_group(sheet.outcome)
         lengths = sheet.prompt_lengths
-        record["facts"][str(num_facts)] = {
+        record.setdefault(series, {})[str(num_facts)] = {
             "mean_prompt_tokens": round(sum(lengths) / len(lengths)),
             "max_prompt_tokens": max(lengths),
             "groups": {name: [score.right, score.asked] for name, score in groups.items()},
         }
-        print(f"{num_facts:4} facts, {max(lengths):4} tokens: {_line(groups)}", flush=True)
+        print(f"{wording.value:5} {num_facts:4} facts, {max(lengths):4} tokens: {_line(groups)}", flush=True)
     (args.model / "accuracy.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

@@ -14,6 +14,7 @@ from kv_agent.storage.words import words
 
 Mode = Literal["hybrid", "latent", "lexical"]
 VoiceName = Literal["latent", "lexical", "embedding"]
+Ranking = Sequence[tuple[TurnId, float]]
 Probe = Callable[[str], Any]  # the keys of a query's tokens, [t, V]
 
 _DEPTH = 100  # places of each voice that count in a fusion
@@ -84,28 +85,8 @@ def find_turns(library: Library, probe: Probe, request: Request) -> list[Found]:
     """
     if not request.query.strip():
         return []
-    depth = _SPARE * request.top_k
-    if request.mode == "hybrid":
-        depth = max(depth, _DEPTH)
-    only = None
-    if request.mode != "lexical" and not request.only.admits_all:
-        only = library.catalog.turn_ids(request.scope, request.only)
-    said: dict[VoiceName, list[tuple[TurnId, float]]] = {}
-    if request.mode != "latent":
-        hits = library.catalog.search_text(
-            request.query, request.scope, library.fingerprint, depth, request.only
-        )
-        said["lexical"] = [(hit.turn_id, hit.score) for hit in hits]
-    if request.mode != "lexical":
-        by_words = [turn_id for turn_id, _ in said.get("lexical", ())]
-        keys_tV = probe(request.query)
-        found_by_keys = library.index.search(keys_tV, request.scope, depth, also=by_words, only=only)
-        said["latent"] = [(hit.turn_id, hit.score) for hit in found_by_keys]
-    if request.mode == "hybrid" and library.texts is not None:
-        vector_V = library.texts.embed(request.query)
-        found_by_text = library.texts.index.search(vector_V, request.scope, depth, only=only)
-        said["embedding"] = [(hit.turn_id, hit.score) for hit in found_by_text]
-    scores = dict(said[request.mode]) if request.mode != "hybrid" else _fused(said.values())
+    said = _rankings(library, probe, request)
+    scores = _fused(said.values()) if request.mode == "hybrid" else dict(said[request.mode])
     best = sorted(scores, key=lambda turn_id: -scores[turn_id])[: _SPARE * request.top_k]
     turns = library.catalog.turns(best)
     ranks = {name: _ranked(ranking) for name, ranking in said.items()}
@@ -122,7 +103,30 @@ def find_turns(library: Library, probe: Probe, request: Request) -> list[Found]:
     return _without_repetition(found)[: request.top_k]
 
 
-def _fused(rankings: Iterable[Sequence[tuple[TurnId, float]]]) -> dict[TurnId, float]:
+def _rankings(library: Library, probe: Probe, request: Request) -> dict[VoiceName, Ranking]:
+    """What each voice of the request's mode finds, best first."""
+    catalog, scope = library.catalog, request.scope
+    depth = _SPARE * request.top_k
+    if request.mode == "hybrid":
+        depth = max(depth, _DEPTH)
+    said: dict[VoiceName, Ranking] = {}
+    if request.mode != "latent":
+        hits = catalog.search_text(request.query, scope, library.fingerprint, depth, request.only)
+        said["lexical"] = [(hit.turn_id, hit.score) for hit in hits]
+    if request.mode == "lexical":
+        return said
+    only = None if request.only.admits_all else catalog.turn_ids(scope, request.only)
+    by_words = [turn_id for turn_id, _ in said.get("lexical", ())]
+    by_keys = library.index.search(probe(request.query), scope, depth, also=by_words, only=only)
+    said["latent"] = [(hit.turn_id, hit.score) for hit in by_keys]
+    if request.mode == "hybrid" and library.texts is not None:
+        vector_V = library.texts.embed(request.query)
+        by_texts = library.texts.index.search(vector_V, scope, depth, only=only)
+        said["embedding"] = [(hit.turn_id, hit.score) for hit in by_texts]
+    return said
+
+
+def _fused(rankings: Iterable[Ranking]) -> dict[TurnId, float]:
     scores: dict[TurnId, float] = {}
     for ranking in rankings:
         for turn_id, voice in _ranked(ranking).items():
@@ -130,7 +134,7 @@ def _fused(rankings: Iterable[Sequence[tuple[TurnId, float]]]) -> dict[TurnId, f
     return scores
 
 
-def _ranked(ranking: Iterable[tuple[TurnId, float]]) -> dict[TurnId, Voice]:
+def _ranked(ranking: Ranking) -> dict[TurnId, Voice]:
     return {turn_id: Voice(rank=rank, score=score) for rank, (turn_id, score) in enumerate(ranking, start=1)}
 
 

@@ -28,14 +28,14 @@ class Score:
 
 
 def exam_papers(
-    split: Split, *, num_facts: int, num_worlds: int
+    split: Split, *, num_facts: int, num_worlds: int, wording: Split | None = None
 ) -> Iterator[tuple[World, Sequence[Question]]]:
-    """Worlds with some questions about each, always the same ones."""
+    """Worlds with some questions about each, always the same ones; see ``generate_world``."""
     config = WorldConfig(
         num_facts=num_facts, facts_per_subject=2, two_hop_share=0.3, correction_share=0.15, unknown_share=0.15
     )
     for number in range(num_worlds):
-        world = generate_world(config, split=split, seed=_SEED_BASE + number)
+        world = generate_world(config, split=split, seed=_SEED_BASE + number, wording=wording)
         size = min(_QUESTIONS_PER_WORLD, len(world.questions))
         yield world, random.Random(number).sample(world.questions, size)
 

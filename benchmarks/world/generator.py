@@ -11,8 +11,12 @@ from benchmarks.world.records import Session, Split, Turn, TurnId, World
 from benchmarks.world.small_talk import ACKNOWLEDGEMENTS, draw_small_talk
 
 
-def generate_world(config: WorldConfig, *, split: Split, seed: int) -> World:
-    """The same world for the same arguments, in every process."""
+def generate_world(config: WorldConfig, *, split: Split, seed: int, wording: Split | None = None) -> World:
+    """The same world for the same arguments, in every process.
+
+    ``wording`` puts the people of ``split`` into the phrasings of another.
+    """
+    wording = wording or split
     # Seeded by text: unlike hash(), this does not differ between processes.
     rng = random.Random(f"{split.value}/{seed}")
     draw = draw_facts(config, split, rng)
@@ -20,8 +24,8 @@ def generate_world(config: WorldConfig, *, split: Split, seed: int) -> World:
     sessions = []
     for number, start in enumerate(range(0, len(draw.facts), config.facts_per_session)):
         facts = draw.facts[start : start + config.facts_per_session]
-        sessions.append(_tell(f"s{number:05}", facts, config, split, known, rng))
-    asker = Asker(config=config, split=split, known=known, draw=draw, rng=rng)
+        sessions.append(_tell(f"s{number:05}", facts, config, wording, known, rng))
+    asker = Asker(config=config, wording=wording, known=known, draw=draw, rng=rng)
     return World(split=split, seed=seed, sessions=tuple(sessions), questions=tuple(asker.questions()))
 
 
@@ -29,7 +33,7 @@ def _tell(
     session_id: str,
     facts: tuple[Fact, ...],
     config: WorldConfig,
-    split: Split,
+    wording: Split,
     known: dict[tuple[str, str], Known],
     rng: random.Random,
 ) -> Session:
@@ -37,10 +41,10 @@ def _tell(
     turns: list[Turn] = []
     for group in _groups(facts, config.facts_per_turn, rng):
         if rng.random() < config.small_talk_share:
-            remark, reply = draw_small_talk(split, rng)
+            remark, reply = draw_small_talk(wording, rng)
             turns.append(Turn(id=_turn_id(session_id, len(turns)), user=remark, assistant=reply))
         turn_id = _turn_id(session_id, len(turns))
-        text = " ".join(_state(fact, split, rng) for fact in group)
+        text = " ".join(_state(fact, wording, rng) for fact in group)
         turns.append(Turn(id=turn_id, user=text, assistant=rng.choice(ACKNOWLEDGEMENTS)))
         for fact in group:
             known[fact.subject, fact.relation] = Known(fact=fact, turn=turn_id)
@@ -55,8 +59,8 @@ def _groups(facts: tuple[Fact, ...], most: int, rng: random.Random) -> Iterator[
         start += size
 
 
-def _state(fact: Fact, split: Split, rng: random.Random) -> str:
-    phrases = RELATIONS[fact.relation].phrases(split)
+def _state(fact: Fact, wording: Split, rng: random.Random) -> str:
+    phrases = RELATIONS[fact.relation].phrases(wording)
     template = rng.choice(phrases.updates if fact.is_update else phrases.statements)
     return template.format(s=fact.subject, v=fact.value)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from benchmarks.world.records import Split, ValueKind
 
@@ -20,6 +20,10 @@ class Phrases:
     questions: tuple[str, ...]
     paraphrases: tuple[str, ...]
     hops: tuple[str, ...] = ()
+
+    def with_more(self, more: Mapping[str, Sequence[str]]) -> Phrases:
+        """These and ``more``, by the name of the field."""
+        return replace(self, **{name: getattr(self, name) + tuple(added) for name, added in more.items()})
 
     def all(self) -> Iterator[str]:
         yield from self.statements + self.updates + self.questions + self.paraphrases + self.hops

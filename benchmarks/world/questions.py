@@ -26,10 +26,10 @@ Knowledge = Mapping[tuple[str, str], Known]  # (subject, relation) -> newest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asker:
-    """Puts questions about one world into the words of its split."""
+    """Puts questions about one world into the words of a split."""
 
     config: WorldConfig
-    split: Split
+    wording: Split
     known: Knowledge
     draw: Draw
     rng: random.Random
@@ -95,13 +95,13 @@ class Asker:
         return pool.draw(self.rng, self.config.similar_share), relation
 
     def _put(self, relation: Relation, subject: str) -> tuple[str, bool]:
-        phrases = relation.phrases(self.split)
+        phrases = relation.phrases(self.wording)
         is_paraphrase = self.rng.random() < self.config.paraphrase_share
         template = self.rng.choice(phrases.paraphrases if is_paraphrase else phrases.questions)
         return template.format(s=subject), is_paraphrase
 
     def _hop(self, hop: Relation, subject: str) -> str:
-        return self.rng.choice(hop.phrases(self.split).hops).format(s=subject)
+        return self.rng.choice(hop.phrases(self.wording).hops).format(s=subject)
 
     def _count(self, share: float) -> int:
         """``share`` of the facts on average, also where that is less than one."""

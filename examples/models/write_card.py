@@ -48,6 +48,7 @@ def write_card(folder: Path) -> None:
         commit=origin["commit"],
         machine=f"{origin['cpu']}, {origin['cores']} cores" if origin["gpu"] is None else origin["gpu"],
         table=_accuracy_table(accuracy["facts"]),
+        known=_accuracy_table(accuracy["known_phrasings"]),
         lengths=", ".join(f"{n}: {entry['max_prompt_tokens']:,}" for n, entry in accuracy["facts"].items()),
         relations=_relation_table(accuracy["facts"]),
         steps=training["steps"],

@@ -98,6 +98,7 @@ def test_workers_together_make_the_batches_of_one_process(
     assert all(are_equal(a, b) for a, b in zip(alone, in_turn, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine with one core
 def test_loader_processes_give_the_batches_in_order(encoder: Encoder) -> None:
     alone = list(Batches(encoder, SOURCE, range(3)))
     loader = DataLoader(Batches(encoder, SOURCE, range(3)), batch_size=None, num_workers=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -36,8 +37,8 @@ Recorder = Callable[..., World]
 
 
 def recorder(worlds: list[World]) -> Recorder:
-    def record(config: WorldConfig, *, split: Split, seed: int) -> World:
-        worlds.append(generate_world(config, split=split, seed=seed))
+    def record(config: WorldConfig, **options: Any) -> World:
+        worlds.append(generate_world(config, **options))
         return worlds[-1]
 
     return record

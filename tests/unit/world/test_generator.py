@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.world import Ask, Split, WorldConfig, generate_world
-from tests.unit.world.reading import told_by
+from benchmarks.world import Ask, Split, World, WorldConfig, generate_world
+from tests.unit.world.reading import asked_by, told_by
 
 ROOT = Path(__file__).resolve().parents[3]
 SMALL = WorldConfig(num_facts=50, facts_per_subject=2, correction_share=0.3)
@@ -87,6 +87,25 @@ def test_one_fact_makes_one_question() -> None:
 def test_impossible_configuration_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="must"):
         WorldConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_the_people_of_one_split_can_speak_in_the_phrasings_of_another() -> None:
+    config = WorldConfig(num_facts=200, facts_per_subject=2)
+    borrowed = generate_world(config, split=Split.TEST, seed=4, wording=Split.TRAIN)
+    own = generate_world(config, split=Split.TEST, seed=4)
+    learnt = generate_world(config, split=Split.TRAIN, seed=4)
+
+    def subjects(world: World, wording: Split) -> set[str]:
+        told = [readings for turn in world.turns.values() for readings in told_by(turn.user, wording)]
+        return {subject for readings in told for subject, _, _ in readings}
+
+    assert len(subjects(own, Split.TEST)) > 100
+    assert not subjects(own, Split.TRAIN)
+    # The generator draws facts before it words them.
+    assert subjects(borrowed, Split.TRAIN) == subjects(own, Split.TEST)
+    assert not subjects(borrowed, Split.TRAIN) & subjects(learnt, Split.TRAIN)
+    for question in borrowed.questions:
+        assert asked_by(question.text, Split.TRAIN)
 
 
 def test_more_subjects_than_names_are_refused() -> None:

@@ -19,9 +19,9 @@ from tests.unit.world.reading import told_by
 FUNCTION_WORDS = frozenset(
     words(
         """
-    a an and any are as at be by can did do does for from had has have how i in is it many may me much must no
-    now of on one or project should than that the this to under was what when where which who whom whose will
-    with would you s v
+    a an and any are as at be by can did do does for from had has have how i in is it its many may me much
+    must no now of on one or project should than that the this to under was what when where which who whom
+    whose will with would you s v
     """
     )
 )
