@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,13 +11,6 @@ from kv_agent.chunks import Scope, TurnFilter, TurnId
 from kv_agent.storage.catalog import Catalog
 from kv_agent.storage.schema import MIGRATIONS
 from tests.unit.storage.builders import chain, record_of, turn_of
-
-
-@pytest.fixture
-def catalog(tmp_path: Path) -> Iterator[Catalog]:
-    catalog = Catalog(tmp_path / "c")
-    yield catalog
-    catalog.close()
 
 
 def add(catalog: Catalog, turn_id: str, created: float = 1.0, scope: Scope | None = None) -> None:

@@ -13,12 +13,13 @@ from kv_agent.config import PlanOptions, PluginConfig
 from kv_agent.vllm_plugin.jobs import CaptureJob, LoadFailure, LoadJob, StepJobs, WorkerReport
 from kv_agent.vllm_plugin.resolver import Resolved, Resolver
 from kv_agent.vllm_plugin.scheduler import SchedulerSide
-from tests.unit.vllm_plugin.builders import FINGERPRINT, SCOPE, FakeCatalog
+from tests.unit.vllm_plugin.builders import FINGERPRINT, SCOPE, FakeCatalog, plan_options, tokens_of
 
 BLOCK = 4
 CHUNK = 4
 NOW = 1234.5
 WAIT_S = 30.0
+FRESH = (90, 91, 92)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -78,6 +79,15 @@ def request(
         cache_salt=salt,
         kv_transfer_params={"kv_agent": options},
     )
+
+
+def row(*records: ChunkRecord) -> tuple[tuple[int, ...], PlanOptions]:
+    """A prompt of the records' tokens and a fresh turn, and the plan that goes with it."""
+    placements, position = [], 0
+    for one in records:
+        placements.append((one, position))
+        position += one.num_tokens
+    return tokens_of(records) + FRESH, plan_options(*placements, fresh_start=position)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,11 +26,6 @@ FRESH = (90, 91, 92)
 
 
 @pytest.fixture
-def catalog() -> FakeCatalog:
-    return FakeCatalog()
-
-
-@pytest.fixture
 def resolver(catalog: FakeCatalog) -> Iterator[Resolver]:
     resolver = Resolver(catalog, FINGERPRINT)
     yield resolver

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,22 +12,9 @@ from kv_agent.vllm_plugin import scheduler
 from kv_agent.vllm_plugin.jobs import ProbeJob, WorkerReport
 from kv_agent.vllm_plugin.plan import Refusal
 from tests.unit.vllm_plugin.builders import FakeCatalog, chain, plan_options, record, tokens_of
-from tests.unit.vllm_plugin.scheduling import Desk, FakeRequest, request
+from tests.unit.vllm_plugin.scheduling import FRESH, Desk, FakeRequest, request
 
-FRESH = (90, 91, 92)
 NOTHING = {"loads": [], "captures": [], "probes": []}
-
-
-@pytest.fixture
-def catalog() -> FakeCatalog:
-    return FakeCatalog()
-
-
-@pytest.fixture
-def desk(catalog: FakeCatalog) -> Iterator[Desk]:
-    desk = Desk(catalog)
-    yield desk
-    desk.close()
 
 
 def jobs_of(desk: Desk) -> dict[str, list[Any]]:

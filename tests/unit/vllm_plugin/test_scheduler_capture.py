@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 
@@ -19,18 +19,6 @@ from tests.unit.vllm_plugin.builders import (
     record,
 )
 from tests.unit.vllm_plugin.scheduling import NOW, Desk, request
-
-
-@pytest.fixture
-def catalog() -> FakeCatalog:
-    return FakeCatalog()
-
-
-@pytest.fixture
-def desk(catalog: FakeCatalog) -> Iterator[Desk]:
-    desk = Desk(catalog)
-    yield desk
-    desk.close()
 
 
 def spans(segments: Sequence[Segment]) -> list[tuple[int, int]]:

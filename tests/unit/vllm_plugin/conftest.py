@@ -1,0 +1,42 @@
+"""A scheduler's half at its desk and a worker's half on its bench, closed after each test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.unit.vllm_plugin.bench import Bench
+from tests.unit.vllm_plugin.builders import FakeCatalog
+from tests.unit.vllm_plugin.scheduling import Desk
+
+
+@pytest.fixture
+def catalog() -> FakeCatalog:
+    return FakeCatalog()
+
+
+@pytest.fixture
+def desk(catalog: FakeCatalog) -> Iterator[Desk]:
+    desk = Desk(catalog)
+    yield desk
+    desk.close()
+
+
+@pytest.fixture
+def benches(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
+    opened: list[Bench] = []
+
+    def make(**options: object) -> Bench:
+        opened.append(Bench(tmp_path / "store", **options))
+        return opened[-1]
+
+    yield make
+    for one in opened:
+        one.close()
+
+
+@pytest.fixture
+def bench(benches: Callable[..., Bench]) -> Bench:
+    return benches()

@@ -1,0 +1,107 @@
+"""KV that a worker loads: bit for bit in its place, moved, in part, and from every tier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from kv_agent.kv.rope import rotate_keys
+from tests.unit.storage.builders import same_bits
+from tests.unit.vllm_plugin.bench import NUM_BLOCKS, SCHEME, Bench, P, capture_job, load_job, slots
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_kv_loaded_at_its_own_position_is_the_captured_kv(
+    benches: Callable[..., Bench], dtype: torch.dtype
+) -> None:
+    bench = benches(dtype=dtype)
+    job = capture_job(16)
+    captured = bench.kv(job.block_ids, 0, 16)
+    records = bench.capture(job)
+    target = load_job(records)
+    before = bench.cache.memory_L2SHD.clone()
+
+    assert bench.load(target) is None
+
+    assert same_bits(bench.kv(target.block_ids, 0, 16), captured)
+    written = slots(target.block_ids, 0, 16)
+    untouched = [slot for slot in range(NUM_BLOCKS * P) if slot not in written]
+    assert same_bits(bench.cache.memory_L2SHD[:, :, untouched], before[:, :, untouched])
+    assert bench.invalid_blocks == set()
+
+
+@pytest.mark.parametrize("delta", [3, 1, -5])
+def test_moved_keys_are_rotated_by_the_distance_and_values_stay(bench: Bench, delta: int) -> None:
+    job = capture_job(16, start=6)
+    captured = bench.kv(job.block_ids, 6, 16)
+    records = bench.capture(job)
+    target = load_job(records, at=6 + delta)
+
+    assert bench.load(target) is None
+
+    loaded = bench.kv(target.block_ids, 6 + delta, 16 + delta)
+    assert same_bits(loaded[:, 1], captured[:, 1])
+    assert same_bits(loaded[:, 0], rotate_keys(captured[:, 0], delta, SCHEME))
+    # Written out once more: planes (i, i + 3) turn by delta * inv_freq, dims 6 and 7 stay.
+    for i, freq in enumerate(SCHEME.inv_freq):
+        turn = torch.polar(torch.tensor(1.0), torch.tensor(delta * freq))
+        plane = torch.complex(captured[:, 0, ..., i], captured[:, 0, ..., i + 3]) * turn
+        torch.testing.assert_close(loaded[:, 0, ..., i], plane.real, rtol=0, atol=1e-5)
+        torch.testing.assert_close(loaded[:, 0, ..., i + 3], plane.imag, rtol=0, atol=1e-5)
+    assert same_bits(loaded[:, 0, ..., 6:], captured[:, 0, ..., 6:])
+
+
+@pytest.mark.parametrize("skip", [1, 4, 5])
+def test_skipped_tokens_are_not_written(bench: Bench, skip: int) -> None:
+    job = capture_job(12)
+    captured = bench.kv(job.block_ids, 0, 12)
+    records = bench.capture(job)
+    target = load_job(records, at=2, skip=skip)
+    before = bench.kv(target.block_ids, 0, 2 + skip)
+
+    assert bench.load(target) is None
+
+    assert same_bits(bench.kv(target.block_ids, 0, 2 + skip), before)
+    expected = rotate_keys(captured[:, 0], 2, SCHEME)
+    assert same_bits(bench.kv(target.block_ids, 2 + skip, 14)[:, 0], expected[:, skip:])
+    assert same_bits(bench.kv(target.block_ids, 2 + skip, 14)[:, 1], captured[:, 1, skip:])
+
+
+@pytest.mark.parametrize("tier", ["host_bytes", "device_bytes"])
+def test_moving_a_chunk_does_not_change_the_copy_that_stays_in_memory(
+    benches: Callable[..., Bench], tier: str
+) -> None:
+    bench = benches(**{tier: 1 << 20})
+    job = capture_job(6)
+    captured = bench.kv(job.block_ids, 0, 6)
+    records = bench.capture(job)
+    for at in (5, 0, 9, 0):
+        target = load_job(records, at=at)
+        assert bench.load(target) is None
+        bench.received.clear()
+        loaded = bench.kv(target.block_ids, at, at + 6)
+        assert same_bits(loaded[:, 0], rotate_keys(captured[:, 0], at, SCHEME))
+        assert same_bits(loaded[:, 1], captured[:, 1])
+
+
+def test_a_chunk_that_is_hot_on_the_device_needs_no_blob(
+    benches: Callable[..., Bench], tmp_path: Path
+) -> None:
+    bench = benches(device_bytes=1 << 20)
+    records = bench.capture(capture_job(6))
+    assert bench.load(load_job(records)) is None
+    bench.received.clear()
+    (tmp_path / "store" / records[0].blob).unlink()
+    assert bench.load(load_job(records)) is None
+
+
+def test_everything_is_reported_once(bench: Bench) -> None:
+    job = capture_job(6)
+    records = bench.capture(job)
+    bench.load(load_job(records))
+    assert bench.worker.take_finished() == (set(), set())
+    assert not bench.worker.take_report()
+    assert bench.worker.take_invalid_blocks() == set()
