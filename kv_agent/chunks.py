@@ -94,7 +94,10 @@ class ChunkRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnRecord:
-    """What the user sees as one memory: a turn or an ingested document and the chunks that hold it."""
+    """What the user sees as one memory: a turn or an ingested document and the chunks that hold it.
+
+    ``expires`` is when it is forgotten by itself (Unix time), ``None`` for never.
+    """
 
     turn_id: TurnId
     scope: Scope
@@ -104,6 +107,7 @@ class TurnRecord:
     text: str
     created: float
     metadata: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    expires: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         store = _open_store(getattr(args, "store", None) or default_store_dir())
         try:
+            store.forget_expired(time.time())
             report: Report = args.command(store, args)
         finally:
             store.close()
@@ -117,11 +118,12 @@ def _show(store: LocalStore, args: argparse.Namespace) -> Report:
     chunks = [records[key] for key in turn.chunk_keys if key in records]
     if args.json:
         return _json({**_memory(turn), "chunks": [asdict(chunk) for chunk in chunks]})
-    created = datetime.fromtimestamp(turn.created, UTC)
+    end = [] if turn.expires is None else [("expires", _date(turn.expires))]
     facts = _table(
         ("id", turn.turn_id),
         *asdict(turn.scope).items(),
-        ("created", f"{created:%Y-%m-%d %H:%M:%S} UTC ({_age(turn)} ago)"),
+        ("created", f"{_date(turn.created)} ({_age(turn)} ago)"),
+        *end,
         ("model", turn.fingerprint),
         ("metadata", json.dumps(dict(turn.metadata), ensure_ascii=False)),
         ("size", f"{turn.num_tokens:,} tokens, {_size(sum(chunk.num_bytes for chunk in chunks))}"),
@@ -200,6 +202,10 @@ def _state(chunk: ChunkRecord) -> str:
 def _size(num_bytes: int) -> str:
     power = max(0, min((num_bytes.bit_length() - 1) // 10, 4))
     return f"{num_bytes / 1024**power:.1f} {'KMGT'[power - 1]}iB" if power else f"{num_bytes} B"
+
+
+def _date(seconds: float) -> str:
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _age(turn: TurnRecord) -> str:

@@ -93,12 +93,14 @@ class RequestOptions(_Strict):
 
     ``content_start`` says where the turn's own content begins: tokens before it (a system prompt,
     say) are stored as context but never returned by a search. Without it the new tokens are the content.
+    ``ttl_s`` seconds after it was captured the turn is forgotten.
     """
 
     scope: ScopeOptions | None = None
     store: bool = True
     content_start: int | None = Field(default=None, ge=0)
     metadata: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    ttl_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     plan: PlanOptions | None = None
     probe: ProbeOptions | None = None
 

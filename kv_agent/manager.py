@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -88,12 +89,17 @@ class CacheManager:
         scope: Scope | None = None,
         system_prompt: str | None = None,
         metadata: Mapping[str, str | int | float | bool] | None = None,
+        ttl_s: float | None = None,
     ) -> TurnId | None:
         """Compute a turn once and keep its KV as a memory; ``None`` if it could not be captured.
+
+        It is forgotten after ``ttl_s`` seconds, if that is given.
 
         Without ``scope`` it belongs to the one user whose :class:`AgentMemory` is open on this manager,
         or to the default user when there is none.
         """
+        if ttl_s is not None and not 0 < ttl_s < math.inf:
+            raise ConfigError(f"ttl_s must be a positive number of seconds, got {ttl_s}")
         scope = scope or self._only_scope()
         self.ensure_prefix(scope, system_prompt)
         prefix = self.prompts.prefix(system_prompt)
@@ -106,6 +112,7 @@ class CacheManager:
                 "scope": scope_options(scope),
                 "content_start": len(prefix),
                 "metadata": dict(metadata or {}),
+                "ttl_s": ttl_s,
             },
         )
         return self.run(call).turn_id
@@ -125,6 +132,11 @@ class CacheManager:
                 if self._pending:
                     time.sleep(_POLL_S)
         return True
+
+    def catch_up(self) -> None:
+        """Wait for what was captured, and let go of memories whose time is over."""
+        self.wait_durable()
+        self._store.forget_expired(time.time())
 
     def stats(self) -> dict[str, int]:
         """Numbers of turns, chunks, tokens and bytes in the store, all users together."""

@@ -35,6 +35,7 @@ class Memory:
     chunk_ids: tuple[ChunkKey, ...]
     scope: Scope
     created: float
+    expires: float | None = None
     metadata: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     voices: Mapping[VoiceName, Voice] = field(default_factory=dict)
     neighbour_of: TurnId | None = None
@@ -89,10 +90,19 @@ class AgentMemory:
         response: str = "",
         *,
         metadata: Mapping[str, str | int | float | bool] | None = None,
+        ttl_s: float | None = None,
     ) -> TurnId | None:
-        """Compute this turn once and keep its KV; ``None`` if it could not be captured."""
+        """Compute this turn once and keep its KV; ``None`` if it could not be captured.
+
+        It is forgotten after ``ttl_s`` seconds, if that is given. Storing it again may prolong its time.
+        """
         return self._manager.store_kv(
-            prompt, response, scope=self.scope, system_prompt=self._system_prompt, metadata=metadata
+            prompt,
+            response,
+            scope=self.scope,
+            system_prompt=self._system_prompt,
+            metadata=metadata,
+            ttl_s=ttl_s,
         )
 
     def retrieve(
@@ -117,7 +127,7 @@ class AgentMemory:
         request = Request(query=query, scope=self._reading, top_k=top_k, mode=mode, only=only)
         if neighbours < 0:
             raise ConfigError(f"neighbours must be >= 0, got {neighbours}")
-        self._manager.wait_durable()
+        self._manager.catch_up()
         catalog = self._manager.store.catalog
         found = find_turns(self._manager.library, self._probe, request)
         memories = [_memory(one.turn, one.score, voices=one.voices if explain else {}) for one in found]
@@ -182,18 +192,19 @@ class AgentMemory:
 
     def get(self, memory_id: TurnId) -> Memory | None:
         """One memory by its id, ``None`` if this scope has none such."""
+        self._manager.catch_up()
         turn = self._manager.store.catalog.turns([memory_id]).get(memory_id)
         return _memory(turn, None) if turn is not None and self._reading.admits(turn.scope) else None
 
     def list(self, limit: int = 100, before: float | None = None) -> list[Memory]:
         """The newest memories of this scope; page on with ``before=memories[-1].created``."""
-        self._manager.wait_durable()
+        self._manager.catch_up()
         turns = self._manager.store.catalog.list_turns(self._reading, limit, before)
         return [_memory(turn, None) for turn in turns]
 
     def forget(self, memory_ids: Sequence[TurnId]) -> int:
         """Remove memories and their KV for good; returns how many of these ids were in scope."""
-        self._manager.wait_durable()
+        self._manager.catch_up()
         turns = self._manager.store.catalog.turns(memory_ids)
         mine = [turn_id for turn_id, turn in turns.items() if self._reading.admits(turn.scope)]
         self._manager.store.forget(mine)
@@ -271,6 +282,7 @@ def _memory(
         chunk_ids=turn.chunk_keys,
         scope=turn.scope,
         created=turn.created,
+        expires=turn.expires,
         metadata=turn.metadata,
         voices=voices,
         neighbour_of=neighbour_of,

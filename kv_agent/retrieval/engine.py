@@ -18,6 +18,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from kv_agent.chunks import ChunkKey, ContentKey, Fingerprint, IndexChange, Scope, TurnId
+from kv_agent.errors import KVAgentError
 from kv_agent.retrieval.index import IndexHit, NamespaceIndex
 from kv_agent.retrieval.interaction import Documents, shares
 from kv_agent.retrieval.pooling import as_rows
@@ -88,6 +89,7 @@ class RetrievalEngine:
         self._used_at: dict[str, float] = {}
         self._saved_seq: dict[str, int] = {}
         self._warned = False
+        self._is_closed = False
 
     def search(
         self,
@@ -109,6 +111,8 @@ class RetrievalEngine:
         query_tV = as_rows(query)
         narrowed = None if only is None else frozenset(only)
         with self._lock:
+            if self._is_closed:
+                raise KVAgentError("this index is closed; open a new CacheManager")
             index = self._refreshed(scope.namespace)
             self._drop_idle()
             wanted = max(_CANDIDATES_PER_TURN * top_k, _MIN_CANDIDATES)
@@ -136,7 +140,9 @@ class RetrievalEngine:
                 self._save(namespace, index)
 
     def close(self) -> None:
-        """Save, and let go of the indexes."""
+        """Save, and let go of the indexes; what is searched afterwards is a :class:`KVAgentError`."""
+        with self._lock:
+            self._is_closed = True
         self._threads.shutdown(wait=True, cancel_futures=True)
         self.save_snapshots()
         with self._lock:

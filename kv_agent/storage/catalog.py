@@ -181,6 +181,10 @@ class Catalog:
         with self._transaction() as db:
             return turn_writes.forget(db, turn_ids)
 
+    def expired(self, now: float) -> frozenset[TurnId]:
+        """Turns whose time is over at ``now`` (Unix time)."""
+        return frozenset(turn_id for (turn_id,) in self._fetch_all(sql.EXPIRED_TURNS, (now,)))
+
     # Chunks
 
     def chunk_keys_of_turns(self, ids: Iterable[TurnId]) -> frozenset[ChunkKey]:

@@ -49,6 +49,7 @@ def turn_to_row(turn: TurnRecord) -> dict[str, Any]:
         "text": turn.text,
         "created": turn.created,
         "metadata": json.dumps(dict(turn.metadata)),
+        "expires": turn.expires,
     }
 
 
@@ -58,7 +59,7 @@ def filter_to_row(only: TurnFilter) -> dict[str, Any]:
 
 TURN_COLUMNS = (
     "t.turn_id, t.namespace, t.user_id, t.agent_id, t.session_id, t.fingerprint, t.num_tokens, t.text,"
-    " t.created, t.metadata"
+    " t.created, t.metadata, t.expires"
 )
 
 
@@ -73,6 +74,7 @@ def turn_from_row(row: Row, chunk_keys: Sequence[ChunkKey]) -> TurnRecord:
         text=row[7],
         created=row[8],
         metadata=json.loads(row[9]),
+        expires=row[10],
     )
 
 

@@ -48,7 +48,18 @@ def m003_sketches(db: Database) -> None:
     db.execute(_M003)
 
 
-MIGRATIONS: tuple[Callable[[Database], None], ...] = (m001_initial, m002_text_search, m003_sketches)
+def m004_expiry(db: Database) -> None:
+    """When a turn is forgotten by itself; those stored before never are."""
+    for statement in _M004:
+        db.execute(statement)
+
+
+MIGRATIONS: tuple[Callable[[Database], None], ...] = (
+    m001_initial,
+    m002_text_search,
+    m003_sketches,
+    m004_expiry,
+)
 
 _USES_FTS5 = "SELECT fts5_source_id()"
 
@@ -230,6 +241,10 @@ _M003 = """
         keys BLOB NOT NULL
     )
 """
+_M004 = (
+    "ALTER TABLE turns ADD COLUMN expires REAL",
+    "CREATE INDEX turns_by_expiry ON turns (expires) WHERE expires IS NOT NULL",
+)
 _M002_TURNS = """
     SELECT t.turn_id, t.fingerprint, t.namespace, t.user_id, t.agent_id, t.session_id, t.text,
            (SELECT json_group_array(content_key) FROM (

@@ -59,10 +59,16 @@ RESOLVE_TURNS = """
 """
 INSERT_TURN = """
     INSERT INTO turns (turn_id, digest, namespace, user_id, agent_id, session_id, fingerprint, num_tokens,
-                       text, created, metadata)
+                       text, created, metadata, expires)
     VALUES (:turn_id, :digest, :namespace, :user_id, :agent_id, :session_id, :fingerprint, :num_tokens,
-            :text, :created, :metadata)
+            :text, :created, :metadata, :expires)
 """
+# Whoever stores a turn again keeps it at least as long as it was to be kept already.
+PROLONG_TURN = """
+    UPDATE turns SET expires = CASE WHEN :expires IS NOT NULL THEN max(expires, :expires) END
+    WHERE turn_id = :turn_id AND expires IS NOT NULL
+"""
+EXPIRED_TURNS = "SELECT turn_id FROM turns WHERE expires <= ?"
 INSERT_ALIAS = "INSERT INTO turn_aliases (alias, turn_id) VALUES (?, ?)"
 INSERT_TURN_CHUNK = "INSERT INTO turn_chunks (turn_id, role, idx, chunk_key) VALUES (?, ?, ?, ?)"
 CONTEXT_OF_TURN = "SELECT chunk_key FROM turn_chunks WHERE turn_id = ? AND role = 'context'"

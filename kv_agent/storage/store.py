@@ -115,6 +115,11 @@ class LocalStore:
         for relpath in unused_blobs:
             self._blobs.delete(relpath)
 
+    def forget_expired(self, now: float) -> None:
+        """Delete turns whose time is over at ``now`` (Unix time), as :meth:`forget` does."""
+        if expired := self._catalog.expired(now):
+            self.forget(expired)
+
     def stats(self) -> dict[str, int]:
         """The catalog's counts, and ``host_bytes`` and ``host_chunks`` of this process's cache."""
         return {

@@ -156,8 +156,10 @@ def _put_turn(db: Database, turn: TurnRecord, context_keys: Sequence[ChunkKey]) 
         db.execute(sql.INSERT_TURN, rows.turn_to_row(turn))
         content = [(turn_id, "content", idx, key) for idx, key in enumerate(turn.chunk_keys)]
         db.executemany(sql.INSERT_TURN_CHUNK, content)
-    elif taken is None:
-        db.execute(sql.INSERT_ALIAS, (turn.turn_id, turn_id))
+    else:
+        db.execute(sql.PROLONG_TURN, {"turn_id": turn_id, "expires": turn.expires})
+        if taken is None:
+            db.execute(sql.INSERT_ALIAS, (turn.turn_id, turn_id))
     # Also for a known turn: every chunk row must be used by some turn, or it could never be forgotten.
     known = [key for (key,) in db.execute(sql.CONTEXT_OF_TURN, (turn_id,))]
     added = [key for key in dict.fromkeys(context_keys) if key not in known]

@@ -64,6 +64,7 @@ class CaptureJob:
     content_tokens: tuple[int, ...]
     created: float
     metadata: Mapping[str, str | int | float | bool]
+    expires: float | None = None
 
     @property
     def segments(self) -> tuple[Segment, ...]:

@@ -341,6 +341,7 @@ class SchedulerSide:
         stored = tuple(chunk for chunk in known if chunk.start >= first)
         if not content and not stored and not before:
             return None  # all of it is stored already
+        created = self._clock()
         job = CaptureJob(
             request_id=request.request_id,
             block_ids=tuple(block_ids),
@@ -351,8 +352,9 @@ class SchedulerSide:
             content=content,
             content_keys=tuple(c.key for c in stored) + tuple(s.key for s in content),
             content_tokens=tuple(tokens[min([c.start for c in stored] + [split]) : end]),
-            created=self._clock(),
+            created=created,
             metadata=options.metadata,
+            expires=None if options.ttl_s is None else created + options.ttl_s,
         )
         for segment in job.segments:
             self._pending.add(segment.parent, segment.key, len(segment.token_ids))

@@ -262,6 +262,7 @@ class WorkerSide:
             text=self._decode(job.content_tokens),
             created=job.created,
             metadata=job.metadata,
+            expires=job.expires,
         )
         self._store.put_turn(turn, context, content)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -102,6 +103,21 @@ def test_ls_narrows_by_scope_and_limit(root: Path, capsys: pytest.CaptureFixture
     assert ids("--user", "alice", "--limit", "1") == ["newer"]
     assert "--limit" in lines_of(capsys, "ls", "--store", root, "--user", "alice", "--limit", "1")[-1]
     assert lines_of(capsys, "ls", "--store", root) == ["no memories with namespace default, user_id default"]
+
+
+def test_a_memory_whose_time_is_over_is_not_listed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = LocalStore(root, host_bytes=0)
+    chunks = chain(7, seed=9)
+    for turn_id, left_s in (("over", -1.0), ("soon", 3600.0)):
+        turn = dataclasses.replace(turn_of(chunks, turn_id), expires=time.time() + left_s)
+        store.put_turn(dataclasses.replace(turn, scope=Scope(session_id=turn_id)), [], chunks)
+    store.close()
+
+    (line,) = lines_of(capsys, "ls", "--store", root, "--json")
+    assert [memory["id"] for memory in json.loads(line)] == ["soon"]
+    (shown,) = (line for line in lines_of(capsys, "show", "soon", "--store", root) if "expires" in line)
+    assert re.fullmatch(r"expires +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC", shown)
+    assert turns_in(root) == 4
 
 
 def test_show_tells_text_scope_metadata_and_chunks(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

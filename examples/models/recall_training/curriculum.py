@@ -22,6 +22,7 @@ _LARGE = 14  # levels from here on have twice the tokens in a step: their dialog
 _MAX_CONTEXT = 2048
 _MAX_QUESTIONS = 48
 _MOST_SHARE = 0.4  # batches of as many facts as the level allows; the others' numbers are log-uniform
+_LAST_MOST_SHARE = 0.15  # at the last level: nothing more is to be opened, and long dialogues cost most
 _RECITED_SHARE = 0.2  # rows of a batch, the first left out, that are recited instead
 _SYSTEM_SHARE = 0.15
 _EARLIER_SHARE = 0.15  # dialogues in which some questions were answered before
@@ -86,7 +87,8 @@ class Batches(IterableDataset[Batch]):
         rng = random.Random(f"{self._source.seed}/{step}")
         most = LEVELS[self._source.level]
         # Dialogues of one shape, so that less is padding.
-        shape = self._shape(most if rng.random() < _MOST_SHARE else round(most ** rng.random()), rng)
+        share = _MOST_SHARE if self._source.level + 1 < len(LEVELS) else _LAST_MOST_SHARE
+        shape = self._shape(most if rng.random() < share else round(most ** rng.random()), rng)
         rows: list[Row] = []
         size = 0
         wanted = self._source.tokens_per_step * (2 if most >= _LARGE else 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,28 @@ def test_what_is_forgotten_is_gone_from_answers_and_disk(manager: CacheManager, 
     assert not blob.exists()
     assert memory.list() == memory.retrieve(question) == []
     assert "mango" not in memory.generate(question, max_tokens=8, store=False).text
+
+
+def test_a_memory_goes_when_its_time_is_over(
+    manager: CacheManager, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = AgentMemory(manager, user_id="ephemera")
+    question = "What does Nora Banerjee love to eat?"
+    memory.store("Nora Banerjee loves to eat honey.", REPLY, ttl_s=3600)
+    kept = memory.store("Omar Quist lives in Lima.", REPLY)
+    (found,) = memory.retrieve(question, top_k=1)
+    assert found.expires is not None
+    assert 3500 < found.expires - time.time() <= 3600
+    blob = store / manager.chunk_records(found.chunk_ids)[found.chunk_ids[0]].blob
+    assert blob.exists()
+
+    monkeypatch.setattr(time, "time", lambda now=found.expires: now)
+
+    assert [one.id for one in memory.retrieve(question)] == [kept]
+    assert memory.get(found.id) is None
+    assert not blob.exists()
+    with pytest.raises(ConfigError, match="ttl_s must be a positive number of seconds"):
+        memory.store("Never stored.", ttl_s=0)
 
 
 def test_texts_that_do_not_fit_the_model_are_refused_with_the_numbers(manager: CacheManager) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from kv_agent.chunks import ChunkKey, IndexChange, Scope
+from kv_agent.errors import KVAgentError
 from kv_agent.retrieval.engine import MemoryHit, RetrievalEngine
 from tests.unit.retrieval.histories import DIM, FINGERPRINT, FakeFeed, Vector, change, random_history
 
@@ -202,6 +203,15 @@ def test_a_snapshot_that_cannot_be_written_is_a_warning(
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
+def test_a_closed_index_is_not_searched() -> None:
+    searching = engine(FakeFeed(random_history(np.random.default_rng(7), 30)))
+    searching.search(QUERY, Scope(user_id="user0"), 3)
+    searching.close()
+    searching.close()
+    with pytest.raises(KVAgentError, match="is closed; open a new CacheManager"):
+        searching.search(QUERY, Scope(user_id="user0"), 3)
+
+
 def test_threads_may_search_while_the_catalog_grows() -> None:
     feed = FakeFeed()
     searching = engine(feed)
@@ -225,14 +235,19 @@ def test_threads_may_search_while_the_catalog_grows() -> None:
     assert len(searching.search(QUERY, Scope(), 1000)) == 199
 
 
-def test_candidates_are_compared_token_by_token() -> None:
-    """Their means are alike; one has the token that was asked for."""
-    rng = np.random.default_rng(5)
+def random_texts(rng: np.random.Generator, num_texts: int, num_tokens: int) -> FakeFeed:
+    """Turns of one chunk each, ``turn1`` with ``chunk1`` and so on."""
     feed = FakeFeed()
-    for number in range(1, 301):
-        tokens = rng.normal(size=(6, DIM)).astype(np.float32)
+    for number in range(1, num_texts + 1):
+        tokens = rng.normal(size=(num_tokens, DIM)).astype(np.float32)
         feed.changes.append(change(number, tokens.mean(axis=0), turn=f"turn{number}"))
         feed.tokens[f"chunk{number}"] = tokens
+    return feed
+
+
+def test_candidates_are_compared_token_by_token() -> None:
+    """Their means are alike; one has the token that was asked for."""
+    feed = random_texts(np.random.default_rng(5), 300, 6)
     asked = feed.tokens["chunk170"][2:4]
     searching = engine(feed)
     best, second, *_ = searching.search(asked, Scope(), 5)
@@ -244,11 +259,7 @@ def test_candidates_are_compared_token_by_token() -> None:
 
 def test_turns_found_elsewhere_are_compared_however_far_their_mean_is() -> None:
     rng = np.random.default_rng(6)
-    feed = FakeFeed()
-    for number in range(1, 1201):
-        tokens = rng.normal(size=(2, DIM)).astype(np.float32)
-        feed.changes.append(change(number, tokens.mean(axis=0), turn=f"turn{number}"))
-        feed.tokens[f"chunk{number}"] = tokens
+    feed = random_texts(rng, 1200, 2)
     query = rng.normal(size=(1, DIM)).astype(np.float32)
     feed.tokens["chunk1201"] = np.concatenate([query, -9 * query])
     feed.changes.append(change(1201, feed.tokens["chunk1201"].mean(axis=0), turn="far"))

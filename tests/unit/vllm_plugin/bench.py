@@ -192,6 +192,7 @@ def capture_job(
         content_tokens=tuple(tokens[split:]),
         created=12.5,
         metadata={"topic": "x"},
+        expires=60.5,
     )
 
 

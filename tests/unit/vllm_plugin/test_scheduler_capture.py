@@ -36,7 +36,7 @@ def assert_chained(segments: Sequence[Segment], tokens: Sequence[int], context: 
 
 
 def test_a_finished_request_is_captured_without_its_last_token(desk: Desk) -> None:
-    served = desk.serve(request(range(6), metadata={"topic": "x", "n": 1}), outputs=(70, 71, 72))
+    served = desk.serve(request(range(6), metadata={"topic": "x", "n": 1}, ttl_s=30), outputs=(70, 71, 72))
     job = served.captured
     assert served.blocks_kept
     assert spans(job.content) == [(0, 4), (4, 8)]
@@ -47,6 +47,7 @@ def test_a_finished_request_is_captured_without_its_last_token(desk: Desk) -> No
     assert (job.request_id, job.block_ids) == ("r", (100, 101, 102))
     assert (job.scope, job.fingerprint, job.created) == (SCOPE, FINGERPRINT, NOW)
     assert job.metadata == {"topic": "x", "n": 1}
+    assert job.expires == NOW + 30
     assert re.fullmatch("[0-9a-f]{32}", job.turn_id)
     assert served.answer["turn_id"] == job.turn_id
 

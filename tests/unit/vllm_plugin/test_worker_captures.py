@@ -51,6 +51,7 @@ def test_a_turn_is_stored_with_its_text_chunks_and_metadata(bench: Bench) -> Non
         text=" ".join(map(str, range(104, 116))),
         created=12.5,
         metadata={"topic": "x"},
+        expires=60.5,
     )
 
 
