@@ -38,6 +38,7 @@ from benchmarks.retrieval.latent import (
 from benchmarks.retrieval.lexical import bm25
 from benchmarks.retrieval.metrics import summarize
 from benchmarks.retrieval.product import search
+from benchmarks.retrieval.projection import Pairs, projected
 from benchmarks.world import Split
 from kv_agent.prompting import ChatPrompts
 from kv_agent.searching import Mode
@@ -105,6 +106,13 @@ def by_keys(num_layers: int) -> Iterator[tuple[str, Method]]:
     for layer in range(num_layers):
         yield f"late interaction whitened, competing, layer {layer}", _with_keys(competing, (layer,), {})
         yield f"key boxes, layer {layer}", _with_boxes(layer)
+    for pairs in get_args(Pairs):
+        yield f"learned projection by {pairs}, competing, layer 0", partial(_with_projection, pairs)
+
+
+def _with_projection(pairs: Pairs, case: Case) -> Tensor:
+    sessions = [document.session for document in case.corpus.documents]
+    return projected(case.documents, case.queries, (0,), sessions, pairs=pairs)
 
 
 def _with_keys(score: Callable[..., Tensor], layers: Sequence[int], options: dict[str, object]) -> Method:

@@ -157,13 +157,18 @@ def chain_key(parent: ChunkKey, token_ids: Sequence[int]) -> ChunkKey:
     return ChunkKey(_digest(b"chain", parent.encode(), token_bytes(token_ids)))
 
 
-def adapted_key(parent: ChunkKey, moved: ChunkKey) -> ChunkKey:
+def adapted_key(parent: ChunkKey, moved: ChunkKey, skip: int = 0) -> ChunkKey:
     """Chain key of a context that goes on with chunk ``moved``, put there by adapted reuse.
+
+    Its first ``skip`` tokens are left out.
 
     It differs from every computed context, so what is computed after it is never taken for exact KV
     of the plain token sequence.
     """
-    return ChunkKey(_digest(b"adapted", parent.encode(), moved.encode()))
+    parts = [parent.encode(), moved.encode()]
+    if skip:
+        parts.append(str(skip).encode())
+    return ChunkKey(_digest(b"adapted", *parts))
 
 
 def content_key(fingerprint: Fingerprint, token_ids: Sequence[int]) -> ContentKey:

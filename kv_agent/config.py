@@ -56,10 +56,11 @@ class PluginConfig(_Strict):
 
 
 class Placement(_Strict):
-    """Put chunk ``chunk_id`` at token positions ``[start, start + its length)`` of the prompt."""
+    """Put chunk ``chunk_id``, but for its first ``skip`` tokens, at token positions from ``start`` on."""
 
     chunk_id: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
     start: int = Field(ge=0)
+    skip: int = Field(default=0, ge=0)
 
 
 class PlanOptions(_Strict):

@@ -61,11 +61,11 @@ def pooled(
     weigh = _by_rarity(rarity) if by_rarity else _evenly
     documents_NV = _means(document_keys, documents.token_ids(), weigh)
     queries_QV = _means(query_keys, queries.token_ids(), weigh)
-    mean_V, matrix_VV = _fit(torch.cat(document_keys), space)
+    mean_V, matrix_VV = fit_space(torch.cat(document_keys), space)
     query_mean_V = queries_QV.mean(0) if own_query_mean else mean_V
     document_mean_V = documents_NV.mean(0) if own_query_mean else mean_V
     return (
-        _unit((queries_QV - query_mean_V) @ matrix_VV) @ _unit((documents_NV - document_mean_V) @ matrix_VV).T
+        unit((queries_QV - query_mean_V) @ matrix_VV) @ unit((documents_NV - document_mean_V) @ matrix_VV).T
     )
 
 
@@ -81,14 +81,14 @@ def late_interaction(
     """MaxSim: for every token of the query its best cosine with a token of the document, summed."""
     document_keys, query_keys = documents.keys(layers), queries.keys(layers)
     tokens_TV = torch.cat(document_keys)
-    mean_V, matrix_VV = _fit(tokens_TV, space)
+    mean_V, matrix_VV = fit_space(tokens_TV, space)
     query_mean_V = torch.cat(query_keys).mean(0) if own_query_mean else mean_V
-    tokens_TV = _unit((tokens_TV - mean_V) @ matrix_VV)
-    owners_T = _owners(document_keys)
+    tokens_TV = unit((tokens_TV - mean_V) @ matrix_VV)
+    owners_T = owners_of(document_keys)
     rarity = inverse_document_frequency(documents)
     scores = torch.empty(len(query_keys), len(document_keys))
     for row, (keys_tV, ids) in enumerate(zip(query_keys, queries.token_ids(), strict=True)):
-        best_tN = _best_of_each(_unit((keys_tV - query_mean_V) @ matrix_VV) @ tokens_TV.T, owners_T)
+        best_tN = best_of_each(unit((keys_tV - query_mean_V) @ matrix_VV) @ tokens_TV.T, owners_T)
         weights_t = rarity[torch.tensor(ids)] if by_rarity else torch.ones(len(ids))
         scores[row] = weights_t @ best_tN
     return scores
@@ -101,10 +101,10 @@ def competing(documents: Texts, queries: Texts, layers: Sequence[int]) -> Tensor
     """
     document_keys = documents.keys(layers)
     tokens_TV = torch.cat(document_keys)
-    mean_V, matrix_VV = _fit(tokens_TV, "whitened")
-    tokens_TV, owners_T = _unit((tokens_TV - mean_V) @ matrix_VV), _owners(document_keys)
+    mean_V, matrix_VV = fit_space(tokens_TV, "whitened")
+    tokens_TV, owners_T = unit((tokens_TV - mean_V) @ matrix_VV), owners_of(document_keys)
     rows = [
-        (SHARPNESS * _best_of_each(_unit((keys_tV - mean_V) @ matrix_VV) @ tokens_TV.T, owners_T))
+        (SHARPNESS * best_of_each(unit((keys_tV - mean_V) @ matrix_VV) @ tokens_TV.T, owners_T))
         .softmax(dim=-1)
         .mean(0)
         for keys_tV in queries.keys(layers)
@@ -124,11 +124,11 @@ def attention(
     num_heads = queries.encoded[0].queries.shape[2]
     kv_head = head * num_kv_heads // num_heads
     keys = [one.keys[layer, :, kv_head] for one in documents.encoded]
-    keys_TD, owners_T = torch.cat(keys), _owners(keys)
+    keys_TD, owners_T = torch.cat(keys), owners_of(keys)
     scores = torch.empty(len(queries.encoded), len(keys))
     for row, one in enumerate(queries.encoded):
         asking_tD = one.queries[layer, -1:, head] if last_only else one.queries[layer, :, head]
-        best_tN = _best_of_each(asking_tD @ keys_TD.T / size**0.5, owners_T)
+        best_tN = best_of_each(asking_tD @ keys_TD.T / size**0.5, owners_T)
         scores[row] = (best_tN.softmax(dim=-1) if shared else best_tN).sum(0)
     return scores
 
@@ -169,7 +169,7 @@ def reciprocal_rank_fusion(scores: Sequence[Tensor], weights: Sequence[float], c
     return fused
 
 
-def _fit(tokens_TV: Tensor, space: Space) -> tuple[Tensor, Tensor]:
+def fit_space(tokens_TV: Tensor, space: Space) -> tuple[Tensor, Tensor]:
     """Mean and matrix that make a space of the tokens' one."""
     size = tokens_TV.shape[1]
     mean_V, identity_VV = tokens_TV.mean(0), torch.eye(size)
@@ -201,16 +201,16 @@ def _by_rarity(rarity: Tensor) -> Callable[[list[int]], Tensor]:
     return lambda ids: rarity[torch.tensor(ids)]
 
 
-def _owners(keys: Sequence[Tensor]) -> Tensor:
+def owners_of(keys: Sequence[Tensor]) -> Tensor:
     return torch.repeat_interleave(torch.tensor([len(one) for one in keys]))
 
 
-def _best_of_each(products_tT: Tensor, owners_T: Tensor) -> Tensor:
+def best_of_each(products_tT: Tensor, owners_T: Tensor) -> Tensor:
     """The largest product of each query token with any token of each document -> [t, N]."""
     num_documents = int(owners_T[-1]) + 1
     best = torch.full((len(products_tT), num_documents), -torch.inf)
     return best.scatter_reduce(1, owners_T.expand(len(products_tT), -1), products_tT, "amax")
 
 
-def _unit(vectors: Tensor) -> Tensor:
+def unit(vectors: Tensor) -> Tensor:
     return torch.nn.functional.normalize(vectors, dim=-1)

@@ -15,7 +15,7 @@ from kv_agent.chunks import (
     chain_key,
     root_key,
 )
-from kv_agent.config import PlanOptions
+from kv_agent.config import Placement, PlanOptions
 from kv_agent.vllm_plugin.jobs import ChunkLoad
 from kv_agent.vllm_plugin.salts import Moves, cut_moves
 
@@ -35,6 +35,7 @@ class Refusal(StrEnum):
     MULTIMODAL = "request has multimodal or embedded input"
     FRESH_TURN = "chunk reaches into the fresh turn"
     OVERLAP = "chunk overlaps the one before"
+    SKIPPED = "nothing of the chunk is left"
     GAP = "tokens before the chunk are computed"
     LOOKUP = "catalog could not be read"
     LATE = "catalog look-up took too long"
@@ -50,17 +51,21 @@ class Refused:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacedChunk:
-    """A checked placement. ``context`` and ``after`` are the chain keys before and behind it."""
+    """A checked placement: tokens from ``skip`` on of a chunk, the first of them at position ``start``.
+
+    ``context`` and ``after`` are the chain keys before and behind it.
+    """
 
     record: ChunkRecord
     start: int
+    skip: int = 0
     exact: bool
     context: ChunkKey
     after: ChunkKey
 
     @property
     def end(self) -> int:
-        return self.start + self.record.num_tokens
+        return self.start + self.record.num_tokens - self.skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,9 +89,9 @@ class CheckedPlan:
         return tuple(
             ChunkLoad(
                 record=chunk.record,
-                skip=max(0, start - chunk.start),
+                skip=chunk.skip + max(0, start - chunk.start),
                 start=max(start, chunk.start),
-                delta=chunk.start - chunk.record.start,
+                delta=chunk.start - chunk.skip - chunk.record.start,
             )
             for chunk in self.placed
             if max(chunk.start, start) < min(chunk.end, end)
@@ -94,7 +99,8 @@ class CheckedPlan:
 
     def moves(self, end: int) -> Moves:
         """The adapted chunks among tokens ``[0, end)``."""
-        return cut_moves(tuple((c.start, c.end, c.record.key) for c in self.placed if not c.exact), end)
+        moved = (chunk for chunk in self.placed if not chunk.exact)
+        return cut_moves(tuple((c.start, c.end, c.record.key, c.skip) for c in moved), end)
 
     def base(self, cached_end: int) -> tuple[ChunkKey, int] | None:
         """Chain key and end of the last placed chunk within the first ``cached_end`` tokens.
@@ -152,24 +158,31 @@ def check_plan(
     context, end = root, 0
     for placement in sorted(options.placements, key=lambda p: p.start):
         record = records.get(ChunkKey(placement.chunk_id))
-        reason = _objection(record, placement.start, end, last, prompt_token_ids, scope, fingerprint)
+        reason = _objection(record, placement, end, last, prompt_token_ids, scope, fingerprint)
         if record is None or reason is not None:
             refused.append(Refused(chunk_id=placement.chunk_id, reason=reason or Refusal.UNKNOWN))
             continue
         if placement.start > end:
             context = chain_key(context, prompt_token_ids[end : placement.start])
-        exact = record.parent == context and record.start == placement.start
-        after = record.key if exact else adapted_key(context, record.key)
+        exact = placement.skip == 0 and record.parent == context and record.start == placement.start
+        after = record.key if exact else adapted_key(context, record.key, placement.skip)
         placed.append(
-            PlacedChunk(record=record, start=placement.start, exact=exact, context=context, after=after)
+            PlacedChunk(
+                record=record,
+                start=placement.start,
+                skip=placement.skip,
+                exact=exact,
+                context=context,
+                after=after,
+            )
         )
-        context, end = after, placement.start + record.num_tokens
+        context, end = after, placed[-1].end
     return CheckedPlan(root=root, placed=tuple(placed), refused=tuple(refused))
 
 
 def _objection(
     record: ChunkRecord | None,
-    start: int,
+    placement: Placement,
     end_before: int,
     last: int,
     prompt_token_ids: Sequence[int],
@@ -186,11 +199,13 @@ def _objection(
         return Refusal.FINGERPRINT
     if record.quarantined:
         return Refusal.QUARANTINED
-    if start < end_before:
+    if placement.start < end_before:
         return Refusal.OVERLAP
-    end = start + record.num_tokens
+    if placement.skip >= record.num_tokens:
+        return Refusal.SKIPPED
+    end = placement.start + record.num_tokens - placement.skip
     if end > last:
         return Refusal.FRESH_TURN
-    if tuple(prompt_token_ids[start:end]) != record.token_ids:
+    if tuple(prompt_token_ids[placement.start : end]) != record.token_ids[placement.skip :]:
         return Refusal.TOKENS
     return None

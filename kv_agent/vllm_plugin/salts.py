@@ -11,11 +11,12 @@ from collections import OrderedDict
 
 from kv_agent.chunks import ChunkKey
 
-# Moved chunks of one request, as (first token, end, key) in order of position; () is plain computing.
-Moves = tuple[tuple[int, int, ChunkKey], ...]
+# Moved chunks of one request, as (first token, end, key, tokens of the chunk left out) in order of
+# position; () is plain computing.
+Moves = tuple[tuple[int, int, ChunkKey, int], ...]
 
 # Stands for KV of which nothing certain is known.
-UNKNOWN: Moves = ((0, 1 << 62, ChunkKey("")),)
+UNKNOWN: Moves = ((0, 1 << 62, ChunkKey(""), 0),)
 
 # Salts remembered; from the first forgotten one on, hits under salts unknown until then are not trusted.
 MAX_SALTS = 200_000
@@ -26,7 +27,7 @@ MAX_HISTORIES = 64
 
 def cut_moves(moves: Moves, end: int) -> Moves:
     """The moves as far as they concern tokens ``[0, end)``."""
-    return tuple((start, min(stop, end), key) for start, stop, key in moves if start < end)
+    return tuple((start, min(stop, end), key, skip) for start, stop, key, skip in moves if start < end)
 
 
 class SaltLedger:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.retrieval_scale import BLOCK, NUM_TOKENS, Texts, many_namespaces, measure
+from benchmarks.retrieval_scale import BLOCK, NUM_TOKENS, Texts, many_namespaces, measure, through_catalog
 from kv_agent.retrieval import neighbours
 
 
@@ -31,3 +31,8 @@ def test_a_measurement_finds_nearly_everything_exact_or_not(
 def test_namespaces_come_and_go() -> None:
     row = many_namespaces(40, 5, 16)
     assert 1 <= row["kept_in_memory"] < 20  # type: ignore[operator]
+
+
+def test_turns_of_a_catalog_are_found_as_soon_as_they_are_there() -> None:
+    row = through_catalog(30, 16)
+    assert 0 < row["added_ms_p50"] < row["visible_ms_p50"]  # type: ignore[operator]

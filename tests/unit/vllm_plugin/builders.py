@@ -65,9 +65,15 @@ def tokens_of(records: Iterable[ChunkRecord]) -> tuple[int, ...]:
     return tuple(token for one in records for token in one.token_ids)
 
 
-def plan_options(*placements: tuple[ChunkRecord, int], fresh_start: int) -> PlanOptions:
+Placed = tuple[ChunkRecord, int] | tuple[ChunkRecord, int, int]  # a chunk, its position, tokens left out
+
+
+def plan_options(*placements: Placed, fresh_start: int) -> PlanOptions:
     return PlanOptions(
-        placements=tuple(Placement(chunk_id=one.key, start=start) for one, start in placements),
+        placements=tuple(
+            Placement(chunk_id=one.key, start=start, skip=skip[0] if skip else 0)
+            for one, start, *skip in placements
+        ),
         fresh_start=fresh_start,
     )
 

@@ -296,18 +296,18 @@ def plans(draw: st.DrawFn) -> tuple[tuple[int, ...], CheckedPlan]:
     """A prompt of distinct tokens and chunks of it, computed anywhere, some of them refused."""
     steps = draw(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 7)), max_size=6))
     moves = draw(st.lists(st.integers(0, 50), min_size=len(steps), max_size=len(steps)))
+    skips = draw(st.lists(st.integers(0, 3), min_size=len(steps), max_size=len(steps)))
     good = draw(st.lists(st.booleans(), min_size=len(steps), max_size=len(steps)))
     prompt = tuple(range(100, 100 + sum(gap + size for gap, size in steps) + 2))
     placements, position = [], 0
-    for (gap, size), moved, keep in zip(steps, moves, good, strict=True):
+    for (gap, size), moved, skip, keep in zip(steps, moves, skips, good, strict=True):
         position += gap
-        one = record(
-            prompt[position : position + size], parent=ChunkKey("p"), start=moved, quarantined=not keep
-        )
-        placements.append((one, position))
+        ids = (*range(9000, 9000 + skip), *prompt[position : position + size])
+        one = record(ids, parent=ChunkKey("p"), start=moved, quarantined=not keep)
+        placements.append((one, position, skip))
         position += size
     options = plan_options(*placements, fresh_start=position)
-    return prompt, check(options, *(one for one, _ in placements), prompt=prompt)
+    return prompt, check(options, *(one for one, *_ in placements), prompt=prompt)
 
 
 @given(case=plans(), local=st.integers(0, 45))
@@ -354,7 +354,27 @@ def test_moves_are_the_adapted_chunks_as_far_as_they_are_cached() -> None:
     plan = three_chunks_and_a_gap()
     key = plan.placed[2].record.key
     assert [plan.moves(end) for end in (0, 9, 12)] == [(), (), ()]
-    assert [plan.moves(end) for end in (13, 15, 99)] == [((12, 13, key),), ((12, 15, key),), ((12, 15, key),)]
+    assert [plan.moves(end) for end in (13, 15, 99)] == [((12, end, key, 0),) for end in (13, 15, 15)]
+
+
+def test_a_chunk_without_its_first_tokens_is_adapted_even_where_it_was_computed() -> None:
+    first, second = chain([1, 2, 3], [4, 5, 6, 7])
+    options = plan_options((first, 0), (second, 3, 1), fresh_start=6)
+    plan = check(options, first, second, prompt=(1, 2, 3, 5, 6, 7, *FRESH))
+    assert [chunk.exact for chunk in plan.placed] == [True, False]
+    (_, load) = plan.loads(0, 6)
+    assert (load.skip, load.start, load.end, load.delta) == (1, 3, 6, -1)
+    assert plan.moves(6) == ((3, 6, second.key, 1),)
+    whole = check(plan_options((second, 0), fresh_start=4), second, prompt=(4, 5, 6, 7, *FRESH))
+    less = check(plan_options((second, 0, 1), fresh_start=3), second, prompt=(5, 6, 7, *FRESH))
+    assert whole.placed[0].after != less.placed[0].after
+
+
+@pytest.mark.parametrize("skip", [2, 3])
+def test_a_placement_that_leaves_nothing_of_its_chunk_is_refused(skip: int) -> None:
+    one = record([1, 2])
+    plan = check(plan_options((one, 0, skip), fresh_start=2), one, prompt=(1, 2, *FRESH))
+    assert reasons(plan) == {one.key: Refusal.SKIPPED}
 
 
 # -- after a failed load --------------------------------------------------------------------------

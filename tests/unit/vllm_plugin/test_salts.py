@@ -12,7 +12,8 @@ from kv_agent.vllm_plugin.salts import UNKNOWN, Moves, SaltLedger, cut_moves
 
 
 def moves(*placed: tuple[int, int, str]) -> Moves:
-    return tuple((start, end, ChunkKey(key)) for start, end, key in placed)
+    """``"a2"`` is chunk ``a`` without its first two tokens."""
+    return tuple((start, end, ChunkKey(name[0]), int(name[1:] or 0)) for start, end, name in placed)
 
 
 @st.composite
@@ -24,14 +25,14 @@ def histories(draw: st.DrawFn) -> Moves:
     for _ in range(draw(st.integers(0, 3))):
         position += draw(st.integers(0, 2))
         end = position + draw(st.integers(1, 3))
-        placed.append((position, end, draw(st.sampled_from(["a", "b"]))))
+        placed.append((position, end, draw(st.sampled_from(["a", "b", "a2"]))))
         position = end
     return moves(*placed)
 
 
-def source_of(history: Moves, position: int) -> tuple[int, str] | None:
+def source_of(history: Moves, position: int) -> tuple[int, str, int] | None:
     """Where a token's KV came from: from which chunk, moved to where; ``None``: computed in place."""
-    return next(((start, key) for start, end, key in history if start <= position < end), None)
+    return next(((start, key, skip) for start, end, key, skip in history if start <= position < end), None)
 
 
 salt_names = st.sampled_from(["s", "t", "u"])
@@ -116,4 +117,4 @@ def test_cut_moves_keep_what_concerns_the_first_tokens(history: Moves, end: int)
     assert [source_of(cut, position) for position in range(end)] == [
         source_of(history, position) for position in range(end)
     ]
-    assert all(start < stop <= end for start, stop, _ in cut)
+    assert all(start < stop <= end for start, stop, *_ in cut)

@@ -15,7 +15,7 @@ import pytest
 
 from kv_agent.chunks import ChunkKey, ChunkRecord
 from kv_agent.vllm_plugin.jobs import CaptureJob, LoadFailure, WorkerReport
-from tests.unit.vllm_plugin.builders import ROOT, FakeCatalog, plan_options
+from tests.unit.vllm_plugin.builders import ROOT, FakeCatalog, Placed, plan_options
 from tests.unit.vllm_plugin.scheduling import BLOCK, Desk, FakeRequest, request
 
 Kv = tuple[int, int]
@@ -42,7 +42,7 @@ class Engine:
     stored: dict[ChunkKey, tuple[Kv, ...]] = field(default_factory=dict)
     plain: set[ChunkKey] = field(default_factory=set)  # of ordinary text only
     unsettled: list[CaptureJob] = field(default_factory=list)
-    past: list[tuple[list[int], list[tuple[ChunkRecord, int]], int]] = field(default_factory=list)
+    past: list[tuple[list[int], list[Placed], int]] = field(default_factory=list)
     running: list[Generator[None]] = field(default_factory=list)
     number: int = 0
 
@@ -86,8 +86,9 @@ class Engine:
                 tokens += self._text(1, 4)
             fitting = [one for one in records if one.start == len(tokens)]
             one = self.rng.choice(fitting if fitting and self.rng.random() < 0.5 else records)
-            placements.append((one, len(tokens)))
-            tokens += one.token_ids
+            skip = self.rng.randint(0, one.num_tokens - 1) if self.rng.random() < 0.3 else 0
+            placements.append((one, len(tokens), skip))
+            tokens += one.token_ids[skip:]
         fresh_start = len(tokens)
         tokens += self._text(1, 7)
         if self.rng.random() < 0.2:
@@ -95,31 +96,31 @@ class Engine:
         self.past.append((tokens, placements, fresh_start))
         return self._request(tokens, placements, fresh_start)
 
-    def _request(
-        self, tokens: list[int], placements: list[tuple[ChunkRecord, int]], fresh_start: int
-    ) -> FakeRequest:
+    def _request(self, tokens: list[int], placements: list[Placed], fresh_start: int) -> FakeRequest:
         options = plan_options(*placements, fresh_start=fresh_start) if placements else None
         extra = {"content_start": fresh_start} if self.rng.random() < 0.3 else {}
         salt = self.rng.choice([None, "one", "one", "two"])
         if self.salt_per_plan:
-            salt = repr([(one.key, start) for one, start in placements]) if placements else None
+            salt = repr([(one.key, *rest) for one, *rest in placements]) if placements else None
         return request(tokens, f"r{self.number}", plan=options, salt=salt, **extra)
 
-    def _begin(self) -> tuple[list[int], list[tuple[ChunkRecord, int]]]:
+    def _begin(self) -> tuple[list[int], list[Placed]]:
         """Nothing, or a piece of an earlier prompt with its plan, part of it or none of it."""
         if not self.past or self.rng.random() < 0.4:
             return [], []
         tokens, placements, _ = self.rng.choice(self.past[-4:])
         tokens = tokens[: self.rng.choice([len(tokens), self.rng.randint(0, len(tokens))])]
-        kept = [p for p in placements if p[1] + p[0].num_tokens <= len(tokens)]
+        kept = [
+            (one, start, *skip)
+            for one, start, *skip in placements
+            if start + one.num_tokens - sum(skip) <= len(tokens)
+        ]
         return list(tokens), kept[: self.rng.choice([len(kept), len(kept), self.rng.randint(0, len(kept))])]
 
     def _text(self, low: int, high: int) -> list[int]:
         return [self.rng.randrange(ALPHABET) for _ in range(self.rng.randint(low, high))]
 
-    def _chunks_found_on(
-        self, tokens: list[int], records: list[ChunkRecord]
-    ) -> list[tuple[ChunkRecord, int]]:
+    def _chunks_found_on(self, tokens: list[int], records: list[ChunkRecord]) -> list[Placed]:
         """Any chunk wherever its tokens happen to stand, fitting or not."""
         return [
             (one, start)
