@@ -102,15 +102,16 @@ class CacheManager:
             raise ConfigError(f"ttl_s must be a positive number of seconds, got {ttl_s}")
         scope = scope or self._only_scope()
         self.ensure_prefix(scope, system_prompt)
-        prefix = self.prompts.prefix(system_prompt)
-        token_ids = prefix + self.prompts.turn(prompt, response)
+        # The first tokens of a sequence draw attention whatever they are; a memory must not bring that along.
+        before = self.prompts.prefix(system_prompt) or self.prompts.neutral
+        token_ids = before + self.prompts.turn(prompt, response)
         self.check_length(len(token_ids) + 1, "the turn")
         call = Call(
             token_ids=token_ids,
             max_tokens=1,
             options={
                 "scope": scope_options(scope),
-                "content_start": len(prefix),
+                "content_start": len(before),
                 "metadata": dict(metadata or {}),
                 "ttl_s": ttl_s,
             },

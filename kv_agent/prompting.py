@@ -15,6 +15,7 @@ from jinja2 import TemplateError
 
 from kv_agent.errors import ConfigError
 
+_NEUTRAL = "Hello."
 _PROBE = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
 
 
@@ -59,6 +60,11 @@ class ChatPrompts:
         if response:
             messages.append({"role": "assistant", "content": response})
         return self._added(messages, generate=False)
+
+    @cached_property
+    def neutral(self) -> tuple[int, ...]:
+        """A turn that says nothing, for what must not begin a sequence."""
+        return self.turn(_NEUTRAL, _NEUTRAL)
 
     def fresh(self, prompt: str) -> FreshTurn:
         """A question, ready to be answered."""

@@ -154,31 +154,30 @@ class RetrievalEngine:
         self, index: NamespaceIndex, query_tV: npt.NDArray[np.float32], copies: Sequence[_Copies]
     ) -> list[tuple[IndexHit, float]]:
         """Candidates with the part of the query that each wins, best first; newer first among equals."""
-        keys = self._keys_of(index, [copy.best for copy in copies])
-        if not keys:
+        tokens = self._tokens_of(index, [copy.best for copy in copies])
+        if not tokens:
             return []
         candidates = Documents(
-            tokens_TV=index.space.unit(np.concatenate(keys)),
-            sizes_N=np.array([len(keys_TV) for keys_TV in keys]),
+            tokens_TV=np.concatenate(tokens), sizes_N=np.array([len(one_TV) for one_TV in tokens])
         )
-        num_others = index.num_entries - len(keys)
+        num_others = index.num_entries - len(tokens)
         won = shares(index.space.unit(query_tV), candidates, index.background, num_others).tolist()
         scored = [(copy.newest, score) for copy, score in zip(copies, won, strict=False)]
         return sorted(scored, key=lambda pair: (-pair[1], -pair[0].entry_id))
 
-    def _keys_of(self, index: NamespaceIndex, hits: Sequence[IndexHit]) -> list[npt.NDArray[np.float32]]:
-        """Keys of the tokens of the first chunks, as many as are compared; the mean of unknown ones."""
+    def _tokens_of(self, index: NamespaceIndex, hits: Sequence[IndexHit]) -> list[npt.NDArray[np.float32]]:
+        """Tokens of the first chunks, as many as are compared; the mean of unknown ones."""
         found: list[npt.NDArray[np.float32]] = []
         num_tokens = 0
         for start in range(0, len(hits), _CHUNKS_PER_STEP):
             step = hits[start : start + _CHUNKS_PER_STEP]
-            known = self._token_keys([hit.chunk_key for hit in step])
+            known = index.tokens([hit.chunk_key for hit in step])
             for hit in step:
-                keys_TV = known.get(hit.chunk_key)
-                if keys_TV is None or not len(keys_TV) or keys_TV.shape[1] != index.size:
-                    keys_TV = index.vector(hit.entry_id)[None]
-                found.append(keys_TV)
-                num_tokens += len(keys_TV)
+                tokens_TV = known.get(hit.chunk_key)
+                if tokens_TV is None:
+                    tokens_TV = index.space.unit(index.vector(hit.entry_id)[None])
+                found.append(tokens_TV)
+                num_tokens += len(tokens_TV)
                 if num_tokens >= _CANDIDATE_TOKENS:
                     return found
         return found

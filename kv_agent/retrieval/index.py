@@ -30,6 +30,7 @@ from kv_agent.retrieval.neighbours import Neighbours, build, fill
 from kv_agent.retrieval.pooling import as_array, from_bytes
 from kv_agent.retrieval.snapshot import Snapshot, read_snapshot, write_snapshot
 from kv_agent.retrieval.spaces import Space
+from kv_agent.retrieval.token_cache import TokenCache
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ _SAMPLED_CHUNKS = 256  # whose tokens say what the space is like
 _EQUAL_SCORES = 1e-5  # FAISS sums in float32 and in an order of its own
 _SCORE_DIGITS = 6
 _KEPT_BITMAPS = 16
+_KEPT_TOKEN_BYTES = 128 << 20
 _MOST_ADDED = 4  # times as many rows as were fitted: then waiting for the fit under way is faster
 _NO_CHANGE = (0, 0, "", "")
 
@@ -102,6 +104,7 @@ class NamespaceIndex:
         self._sampled: list[ChunkKey] = []  # whose tokens the space and the background are from
         self._due: _Due | None = None
         self._fitting: Future[Fit] | None = None
+        self._compared = TokenCache(_KEPT_TOKEN_BYTES)  # in the space
         self._bitmaps: OrderedDict[Scope, _Admitted] = OrderedDict()
         self._warned = False
 
@@ -116,11 +119,12 @@ class NamespaceIndex:
 
     @property
     def num_bytes(self) -> int:
-        """Of columns, space and background; what FAISS holds comes on top."""
+        """Of columns, space, background and kept tokens; what FAISS holds comes on top."""
         fitted = [self._space.mean_V, self._space.matrix_VV]
         if self._background is not None:
             fitted.append(self._background.tokens_TV)
-        return self._table.num_bytes + sum(values.nbytes for values in fitted if values is not None)
+        fitted_bytes = sum(values.nbytes for values in fitted if values is not None)
+        return self._table.num_bytes + fitted_bytes + self._compared.num_bytes
 
     @property
     def space(self) -> Space:
@@ -145,6 +149,19 @@ class NamespaceIndex:
     def vector(self, entry_id: int) -> Floats:
         """The pooled keys of an entry that is there -> [V]."""
         return self._table.vector(entry_id)
+
+    def tokens(self, keys: Sequence[ChunkKey]) -> dict[ChunkKey, Floats]:
+        """Tokens of these chunks in the space, where they are known -> [T, V] of length one."""
+        found = self._compared.get(keys)
+        loaded = self._token_keys([key for key in keys if key not in found])
+        fitting = {key: one for key, one in loaded.items() if len(one) and one.shape[1] == self.size}
+        if fitting:
+            unit_TV = self._space.unit(np.concatenate(list(fitting.values())))
+            ends = np.cumsum([len(one) for one in fitting.values()])
+            for key, part_TV in zip(fitting, np.split(unit_TV, ends[:-1]), strict=True):
+                found[key] = part_TV.copy()
+                self._compared.put(key, found[key])
+        return found
 
     def ends_with(self, change: IndexChange) -> bool:
         """Whether ``change`` is the last one applied."""
@@ -313,6 +330,7 @@ class NamespaceIndex:
         """From now on search with this fit; rows that were dead when it was made are dropped."""
         self._fitting = None
         self._bitmaps.clear()
+        self._compared.clear()
         later_N = np.arange(fitted.num_rows, self._table.num_rows)
         self._table.keep(np.concatenate([fitted.rows_N, later_N]))
         self._space, self._background = fitted.space, fitted.background

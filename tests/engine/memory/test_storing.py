@@ -72,6 +72,19 @@ def test_storing_the_same_turn_twice_is_one_memory(manager: CacheManager, store:
     assert set(store.glob("blobs/*/*")) == blobs
 
 
+@pytest.mark.parametrize("system_prompt", [None, "Be brief."])
+def test_no_memory_begins_a_sequence(manager: CacheManager, system_prompt: str | None) -> None:
+    memory = AgentMemory(manager, user_id=f"behind {system_prompt}", system_prompt=system_prompt)
+    memory.store("Ida Bergman has a hen at home.", REPLY)
+
+    (found,) = memory.list()
+    (chunk,) = manager.chunk_records(found.chunk_ids).values()
+
+    assert chunk.token_ids == manager.prompts.turn("Ida Bergman has a hen at home.", REPLY)
+    assert chunk.start == len(manager.prompts.prefix(system_prompt) or manager.prompts.neutral) > 0
+    assert [hit.id for hit in memory.retrieve("Hello.")] == [found.id]  # what stood before is no memory
+
+
 def test_what_is_forgotten_is_gone_from_answers_and_disk(manager: CacheManager, store: Path) -> None:
     memory = AgentMemory(manager, user_id="grace")
     memory.store("Lena Holm loves to eat mango.", REPLY)

@@ -254,7 +254,7 @@ def test_candidates_are_compared_token_by_token() -> None:
     assert best.turn_id == "turn170"
     assert best.score > 3 * second.score
     feed.tokens.clear()  # then only means are left
-    assert searching.search(asked, Scope(), 300)[0].score < best.score
+    assert engine(feed).search(asked, Scope(), 300)[0].score < best.score
 
 
 def test_turns_found_elsewhere_are_compared_however_far_their_mean_is() -> None:

@@ -1,0 +1,95 @@
+"""Ways to get the KV of a prompt's memories: computed, put back as they are, or put back and repaired."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from benchmarks.reuse.cases import Case, Tokens
+from benchmarks.reuse.lab import Lab, Plan
+from kv_agent.chunks import ChunkKey
+
+Way = Callable[[Lab, Case], Plan]
+
+
+def computed(lab: Lab, case: Case, *, again: bool = False) -> Plan:
+    """Everything is computed; ``again`` under another salt, for the noise floor."""
+    return Plan(salt=f"{case.name}/{'again' if again else 'full'}/{len(case.memories)}")
+
+
+def exact(lab: Lab, case: Case) -> Plan:
+    """The memories were computed as one conversation, and all of it is put back."""
+    memories = tuple(token for memory in case.memories for token in memory)
+    position, placed = 0, []
+    for record in (*lab.prefix(case.prefix), *lab.stored(case.prefix, memories)):
+        placed.append((record.key, position, 0))
+        position += record.num_tokens
+    return _plan("exact", placed)
+
+
+def adapted(
+    lab: Lab, case: Case, *, link_tokens: int = 0, tail_tokens: int = 0, neutral: Tokens = ()
+) -> Plan:
+    """Each memory was computed apart.
+
+    ``link_tokens`` first tokens of every moved memory are computed in their place, and ``tail_tokens`` last
+    ones of the last memory. ``neutral`` stood before the memories when they were computed, so that none of
+    them began a sequence.
+    """
+    name = f"adapted/{link_tokens}/{tail_tokens}/{len(neutral)}"
+    placed: list[tuple[ChunkKey, int, int]] = []
+    position = repaired = 0
+    for record in lab.prefix(case.prefix):
+        placed.append((record.key, position, 0))
+        position += record.num_tokens
+    memories = [*case.memories[:-1], case.memories[-1][: len(case.memories[-1]) - tail_tokens]]
+    repaired += sum(map(len, case.memories)) - sum(map(len, memories))
+    for context, memory in zip(case.contexts, memories, strict=True):
+        if not memory:
+            continue
+        records = lab.stored((*case.prefix, *neutral, *context), memory)
+        left_out = min(link_tokens, len(memory)) if position or context or neutral else 0
+        repaired += left_out
+        if left_out:
+            until = (*case.prompt[:position], *memory[:left_out])
+            for record in lab.capture(until, position, _plan(name, placed)):
+                placed.append((record.key, position, 0))
+                position += record.num_tokens
+        for record in records:
+            skip = min(left_out, record.num_tokens)
+            left_out -= skip
+            if skip < record.num_tokens:
+                placed.append((record.key, position, skip))
+                position += record.num_tokens - skip
+    return _plan(name, placed, repaired)
+
+
+def _plan(name: str, placed: list[tuple[ChunkKey, int, int]], repaired: int = 0) -> Plan:
+    return Plan(placed=tuple(placed), salt=f"{name}:{placed}", repaired=repaired)
+
+
+def ways(neutral: Tokens) -> dict[str, Way]:
+    """By name, the yardstick first."""
+    found: dict[str, Way] = {
+        "computed": computed,
+        "computed again": partial(computed, again=True),
+        "exact": exact,
+        "adapted": adapted,
+    }
+    for link_tokens in (1, 4, 8, 16):
+        found[f"adapted, {link_tokens} link tokens"] = partial(adapted, link_tokens=link_tokens)
+    for tail_tokens in (8, 16, 24):
+        for link_tokens in (0, 1, 4):
+            found[f"adapted, {link_tokens} link tokens, tail of {tail_tokens}"] = partial(
+                adapted, link_tokens=link_tokens, tail_tokens=tail_tokens
+            )
+    if neutral:
+        found["adapted, behind a neutral turn, tail of 16"] = partial(
+            adapted, tail_tokens=16, neutral=neutral
+        )
+        found["adapted, behind a neutral turn"] = partial(adapted, neutral=neutral)
+        for link_tokens in (1, 4, 8):
+            found[f"adapted, behind a neutral turn, {link_tokens} link tokens"] = partial(
+                adapted, neutral=neutral, link_tokens=link_tokens
+            )
+    return found
