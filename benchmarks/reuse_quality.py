@@ -68,7 +68,7 @@ def measure(
 
 def recall_ways(lab: Lab) -> dict[str, Way]:
     prompts = ChatPrompts(lab.engine.tokenizer)
-    return ways(neutral=prompts.turn("Hello.", "Hello."))
+    return ways(prompts.neutral)
 
 
 def main() -> None:

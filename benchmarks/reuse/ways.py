@@ -27,28 +27,22 @@ def exact(lab: Lab, case: Case) -> Plan:
     return _plan("exact", placed)
 
 
-def adapted(
-    lab: Lab, case: Case, *, link_tokens: int = 0, tail_tokens: int = 0, neutral: Tokens = ()
-) -> Plan:
+def adapted(lab: Lab, case: Case, *, link_tokens: int = 0, neutral: Tokens = ()) -> Plan:
     """Each memory was computed apart.
 
-    ``link_tokens`` first tokens of every moved memory are computed in their place, and ``tail_tokens`` last
-    ones of the last memory. ``neutral`` stood before the memories when they were computed, so that none of
-    them began a sequence.
+    ``link_tokens`` first tokens of every moved memory are computed in their place. ``neutral`` stood before
+    the memories when they were computed, so that none of them began a sequence.
     """
-    name = f"adapted/{link_tokens}/{tail_tokens}/{len(neutral)}"
+    name = f"adapted/{link_tokens}/{len(neutral)}"
     placed: list[tuple[ChunkKey, int, int]] = []
     position = repaired = 0
     for record in lab.prefix(case.prefix):
         placed.append((record.key, position, 0))
         position += record.num_tokens
-    memories = [*case.memories[:-1], case.memories[-1][: len(case.memories[-1]) - tail_tokens]]
-    repaired += sum(map(len, case.memories)) - sum(map(len, memories))
-    for context, memory in zip(case.contexts, memories, strict=True):
-        if not memory:
-            continue
+    for context, memory in zip(case.contexts, case.memories, strict=True):
+        is_moved = position > len(case.prefix) or bool(context or neutral)
         records = lab.stored((*case.prefix, *neutral, *context), memory)
-        left_out = min(link_tokens, len(memory)) if position or context or neutral else 0
+        left_out = min(link_tokens, len(memory)) if is_moved else 0
         repaired += left_out
         if left_out:
             until = (*case.prompt[:position], *memory[:left_out])
@@ -78,15 +72,7 @@ def ways(neutral: Tokens) -> dict[str, Way]:
     }
     for link_tokens in (1, 4, 8, 16):
         found[f"adapted, {link_tokens} link tokens"] = partial(adapted, link_tokens=link_tokens)
-    for tail_tokens in (8, 16, 24):
-        for link_tokens in (0, 1, 4):
-            found[f"adapted, {link_tokens} link tokens, tail of {tail_tokens}"] = partial(
-                adapted, link_tokens=link_tokens, tail_tokens=tail_tokens
-            )
     if neutral:
-        found["adapted, behind a neutral turn, tail of 16"] = partial(
-            adapted, tail_tokens=16, neutral=neutral
-        )
         found["adapted, behind a neutral turn"] = partial(adapted, neutral=neutral)
         for link_tokens in (1, 4, 8):
             found[f"adapted, behind a neutral turn, {link_tokens} link tokens"] = partial(
