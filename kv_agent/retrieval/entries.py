@@ -42,8 +42,7 @@ class EntryTable:
     Vectors are kept in half precision, and names as numbers: a million rows are few objects.
     """
 
-    def __init__(self, namespace: str) -> None:
-        self._namespace = namespace
+    def __init__(self) -> None:
         self._num_rows = 0
         self._columns: Arrays = {
             "vectors": np.empty((0, 0), dtype=np.float16),
@@ -86,18 +85,15 @@ class EntryTable:
         vector_V: Floats = self._columns["vectors"][self._rows_by_id()[entry_id]].astype(np.float32)
         return vector_V
 
-    def __getitem__(self, row: int) -> Entry:
-        columns, names = self._columns, self._names
-        user, agent, session, turn = (names[columns[name][row]] for name in _NAMES)
-        assert user is not None  # of a live row
-        assert turn is not None
-        return Entry(
-            entry_id=int(columns["entry_ids"][row]),
-            chunk_key=ChunkKey(columns["chunk_keys"][row].decode()),
-            content_key=ContentKey(columns["content_keys"][row].decode()),
-            turn_id=TurnId(turn),
-            scope=Scope(namespace=self._namespace, user_id=user, agent_id=agent, session_id=session),
+    def named(self, rows_C: Rows) -> list[tuple[int, ChunkKey, ContentKey, TurnId]]:
+        """Entry id, chunk, content and turn of live rows."""
+        columns = self._columns
+        entry_ids = columns["entry_ids"][rows_C].tolist()
+        chunk_keys, content_keys = (
+            columns[name][rows_C].astype(str).tolist() for name in ("chunk_keys", "content_keys")
         )
+        turn_ids = [self._names[number] for number in columns["turn_id"][rows_C].tolist()]
+        return list(zip(entry_ids, chunk_keys, content_keys, turn_ids, strict=True))
 
     def append(self, entry: Entry, vector_V: Floats) -> None:
         """Add a row; its vector must have the size of the others. The entry id must not be there."""
@@ -168,9 +164,9 @@ class EntryTable:
         return arrays | {"names": np.frombuffer(names.encode(), dtype=np.uint8)}
 
     @classmethod
-    def unpack(cls, arrays: Arrays, namespace: str) -> EntryTable:
+    def unpack(cls, arrays: Arrays) -> EntryTable:
         """Inverse of :meth:`pack`; takes the arrays as they are."""
-        table = cls(namespace)
+        table = cls()
         table._columns = {name: arrays[name] for name in table._columns}
         for name in ("chunk_keys", "content_keys"):
             table._columns[name] = np.ascontiguousarray(arrays[name]).view(_KEY).reshape(-1)

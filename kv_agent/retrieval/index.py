@@ -13,7 +13,6 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError, Executor, Future
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,8 +50,7 @@ def no_token_keys(_: Sequence[ChunkKey]) -> dict[ChunkKey, Floats]:
     return {}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IndexHit:
+class IndexHit(NamedTuple):
     """One stored chunk that a search found; ``score`` is a cosine."""
 
     entry_id: int
@@ -95,7 +93,7 @@ class NamespaceIndex:
         self._last: tuple[int, int, str, str] = _NO_CHANGE
         self._token_keys = token_keys
         self._threads = background
-        self._table = EntryTable(namespace)
+        self._table = EntryTable()
         self._space = Space()
         self._background: Documents | None = None
         self._neighbours: Neighbours | None = None  # of the first rows; a search adds the rest
@@ -218,7 +216,8 @@ class NamespaceIndex:
         unit_1V = self._space.unit(query_V[None])
         scores_C, rows_C = self._candidates(neighbours, unit_1V, admitted, top_n)
         best_first = np.lexsort((-rows_C, -scores_C.round(_SCORE_DIGITS)))[:top_n]
-        return [self._hit(int(rows_C[i]), float(scores_C[i])) for i in best_first]
+        found = zip(self._table.named(rows_C[best_first]), scores_C[best_first].tolist(), strict=True)
+        return [IndexHit(*names, score) for names, score in found]
 
     def save(self, path: Path) -> None:
         """Write a snapshot, replacing ``path`` at once; raises ``OSError``."""
@@ -264,7 +263,7 @@ class NamespaceIndex:
         index = cls(fingerprint, namespace, token_keys, background)
         header, arrays = snapshot.header, snapshot.arrays
         index._last = tuple(header["last_change"])
-        index._table = EntryTable.unpack(arrays, namespace)
+        index._table = EntryTable.unpack(arrays)
         index._space = Space(mean_V=arrays.get("mean"), matrix_VV=arrays.get("matrix"))
         index._sampled = header.get("sampled", [])
         if "tokens" in arrays:
@@ -382,16 +381,6 @@ class NamespaceIndex:
 
     def _block(self, start: int, end: int) -> Floats:
         return self._space.unit(self._table.vectors[start:end].astype(np.float32))
-
-    def _hit(self, row: int, score: float) -> IndexHit:
-        entry = self._table[row]
-        return IndexHit(
-            entry_id=entry.entry_id,
-            chunk_key=entry.chunk_key,
-            content_key=entry.content_key,
-            turn_id=entry.turn_id,
-            score=score,
-        )
 
 
 def _identity(change: IndexChange) -> tuple[int, int, str, str]:
