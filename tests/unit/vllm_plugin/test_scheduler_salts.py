@@ -23,6 +23,13 @@ def moved(desk: Desk, catalog: FakeCatalog) -> ChunkRecord:
     return moved
 
 
+def moved_to_the_front(catalog: FakeCatalog) -> ChunkRecord:
+    """Ten tokens that were computed elsewhere, stored."""
+    moved = record(range(10), start=50)
+    catalog.add(moved)
+    return moved
+
+
 def test_another_request_that_finds_adapted_kv_under_its_salt_says_so_and_is_not_captured(
     desk: Desk, moved: ChunkRecord
 ) -> None:
@@ -106,8 +113,7 @@ def test_plain_kv_found_where_the_plan_moves_a_chunk_is_not_captured_as_adapted_
     desk: Desk, catalog: FakeCatalog
 ) -> None:
     """A request without a plan computed the same text under this salt; its KV is not the moved chunk's."""
-    moved = record(range(10), start=50)
-    catalog.add(moved)
+    moved = moved_to_the_front(catalog)
     prompt, options = row(moved)
     desk.serve(request((*prompt, 93), "plain", store=False))
     served = desk.serve(request((*prompt, 94), plan=options), local=12)
@@ -120,8 +126,7 @@ def test_a_moved_chunk_of_which_only_the_local_hit_is_left_is_still_adapted(
     desk: Desk, catalog: FakeCatalog
 ) -> None:
     """The first request moved all of it into the cache; the second finds a part and cannot load the rest."""
-    moved = record(range(10), start=50)
-    catalog.add(moved)
+    moved = moved_to_the_front(catalog)
     prompt, options = row(moved)
     desk.serve(request(prompt, "first", plan=options, store=False))
     served = desk.serve(request(prompt, plan=options), local=8, failing=[moved.key])
@@ -134,8 +139,7 @@ def test_computed_kv_that_a_failed_load_left_is_not_captured_as_adapted_context(
     desk: Desk, catalog: FakeCatalog
 ) -> None:
     """The first load of the moved chunk failed and its text was computed; then it loads again."""
-    moved = record(range(10), start=50)
-    catalog.add(moved)
+    moved = moved_to_the_front(catalog)
     prompt, options = row(moved)
     desk.serve(request((*prompt, 93), "first", plan=options, store=False), failing=[moved.key])
     served = desk.serve(request((*prompt, 94), plan=options), local=12)
@@ -172,8 +176,7 @@ def test_requests_without_kv_agent_fields_are_remembered_under_their_salt(
     desk: Desk, catalog: FakeCatalog
 ) -> None:
     """They leave computed KV where a later plan would have moved a chunk."""
-    moved = record(range(10), start=50)
-    catalog.add(moved)
+    moved = moved_to_the_front(catalog)
     prompt, options = row(moved)
     desk.serve(request(prompt, "first", plan=options, store=False))
     assert desk.serve(request(prompt, "again", plan=options)).capture is not None
