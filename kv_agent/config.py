@@ -19,6 +19,7 @@ from kv_agent.errors import ConfigError
 
 STORE_ENV = "KV_AGENT_STORE"
 
+ChunkId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 M = TypeVar("M", bound=BaseModel)
 
@@ -58,7 +59,7 @@ class PluginConfig(_Strict):
 class Placement(_Strict):
     """Put chunk ``chunk_id``, but for its first ``skip`` tokens, at token positions from ``start`` on."""
 
-    chunk_id: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    chunk_id: ChunkId
     start: int = Field(ge=0)
     skip: int = Field(default=0, ge=0)
 
@@ -94,13 +95,16 @@ class RequestOptions(_Strict):
 
     ``content_start`` says where the turn's own content begins: tokens before it (a system prompt,
     say) are stored as context but never returned by a search. Without it the new tokens are the content.
-    ``ttl_s`` seconds after it was captured the turn is forgotten.
+    ``ttl_s`` seconds after it was captured the turn is forgotten. With ``part_of`` (all chunks of a stored
+    turn of this very scope, in order) the new tokens become no turn: they are kept with that one, and go with
+    it.
     """
 
     scope: ScopeOptions | None = None
     store: bool = True
     content_start: int | None = Field(default=None, ge=0)
     metadata: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    part_of: tuple[ChunkId, ...] = Field(default=(), max_length=65_536)
     ttl_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     plan: PlanOptions | None = None
     probe: ProbeOptions | None = None

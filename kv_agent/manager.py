@@ -16,7 +16,9 @@ from kv_agent.chunks import ChunkKey, ChunkRecord, Fingerprint, Scope, TurnId, r
 from kv_agent.config import default_store_dir
 from kv_agent.engines.base import Call, Completion, Engine
 from kv_agent.errors import ConfigError, KVAgentError
+from kv_agent.planning import MemoryPrompt
 from kv_agent.prompting import ChatPrompts
+from kv_agent.repair import Rung, exact_only, ladder_of
 from kv_agent.retrieval.engine import RetrievalEngine
 from kv_agent.retrieval.texts import TextEmbedder, TextFeed, embedded
 from kv_agent.searching import Library, TextVoice
@@ -26,6 +28,7 @@ from kv_agent.vllm_plugin.chains import walk
 logger = logging.getLogger(__name__)
 
 Backend = Literal["auto", "gpu", "cpu"]
+Quality = Literal["fast", "balanced", "exact"]
 
 BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "examples" / "models" / "recall"
 
@@ -228,6 +231,34 @@ class CacheManager:
         self.check_length(len(prefix) + 1, "the system prompt")
         options = {"scope": scope_options(scope), "content_start": len(prefix)}
         self.run(Call(token_ids=prefix, max_tokens=1, options=options))
+        self.wait_durable()
+
+    def with_quality(self, prompt: MemoryPrompt, scope: Scope, quality: Quality) -> MemoryPrompt:
+        """The prompt put back as ``quality`` wants it; links that are not stored yet are computed now."""
+        if quality == "fast":
+            return prompt
+        root = root_key(self.fingerprint, scope.namespace, scope.user_id)
+        chunks = self.chunk_records([one.key for one in prompt.placements])
+        if len(chunks) < len({one.key for one in prompt.placements}):
+            return prompt  # forgotten meanwhile: the engine refuses what is missing
+        if quality == "exact":
+            return exact_only(prompt, chunks, root)
+        ladder = ladder_of(prompt, chunks, root)
+        known = self.chunk_records([rung.key for rung in ladder.rungs])
+        for rung in ladder.rungs:
+            if rung.key not in known or known[rung.key].quarantined:
+                self._climb(rung)
+        return ladder.prompt
+
+    def _climb(self, rung: Rung) -> None:
+        """Compute and keep one link. Should that fail, the engine computes what needs it."""
+        options = {
+            "scope": scope_options(rung.turn.scope),
+            "part_of": list(rung.turn.chunk_keys),
+            "plan": rung.prompt.options(),
+        }
+        salt = rung.prompt.salt(rung.turn.scope)
+        self.run(Call(token_ids=rung.prompt.token_ids, max_tokens=1, cache_salt=salt, options=options))
         self.wait_durable()
 
     def chunk_records(self, keys: Sequence[ChunkKey]) -> dict[ChunkKey, ChunkRecord]:

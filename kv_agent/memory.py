@@ -6,12 +6,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType, TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from kv_agent.chunks import EVERY_TURN, ChunkKey, Scope, TurnFilter, TurnId, TurnRecord
 from kv_agent.engines.base import Call, Reuse
 from kv_agent.errors import ConfigError
-from kv_agent.manager import Backend, CacheManager, scope_options
+from kv_agent.manager import Backend, CacheManager, Quality, scope_options
 from kv_agent.planning import build_prompt
 from kv_agent.retrieval.sketches import from_sketch
 from kv_agent.searching import Found, Mode, Request, Voice, VoiceName, find_turns
@@ -144,13 +144,19 @@ class AgentMemory:
         mode: Mode = "hybrid",
         only: TurnFilter = EVERY_TURN,
         neighbours: int = 0,
+        quality: Quality = "fast",
     ) -> Answer:
         """Answer ``query`` with the ``top_k`` best memories put back as KV in front of it.
 
         The memories' tokens are part of the prompt; what cannot be re-injected is computed. With
         ``store`` the question and its answer become a memory, too. ``mode``, ``only`` and ``neighbours``: see
-        :meth:`retrieve`.
+        :meth:`retrieve`. ``quality`` says what is put back: everything as it was computed elsewhere
+        (``"fast"``), with the first tenth of each moved memory computed in its place (``"balanced"``; the
+        first time with the same memories that takes a short request for each), or only what is bit-identical
+        to computing it (``"exact"``).
         """
+        if quality not in get_args(Quality):
+            raise ConfigError(f'quality must be "fast", "balanced" or "exact", got {quality!r}')
         started = time.perf_counter()
         memories = self.retrieve(query, top_k, mode, only=only, neighbours=neighbours)
         self._manager.ensure_prefix(self.scope, self._system_prompt)
@@ -167,6 +173,7 @@ class AgentMemory:
             bare_prefix=manager.prompts.prefix(self._system_prompt),
         )
         manager.check_length(len(prompt.token_ids) + max_tokens, "the query with its answer")
+        prompt = manager.with_quality(prompt, self.scope, quality)
         searched_s = time.perf_counter() - started
         completion = manager.run(
             Call(

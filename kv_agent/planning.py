@@ -5,10 +5,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from kv_agent.chunks import ChunkKey, ChunkRecord, Scope, TurnRecord
 from kv_agent.prompting import FreshTurn
+
+
+class Placed(NamedTuple):
+    """A chunk, but for its first ``skip`` tokens, from position ``start`` on."""
+
+    key: ChunkKey
+    start: int
+    skip: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,19 +25,22 @@ class MemoryPrompt:
 
     token_ids: tuple[int, ...]
     fresh_start: int
-    placements: tuple[tuple[ChunkKey, int], ...]
+    placements: tuple[Placed, ...]
     turns: tuple[TurnRecord, ...]
 
     def options(self) -> dict[str, Any]:
         """The plugin's ``plan`` field."""
         return {
-            "placements": [{"chunk_id": key, "start": start} for key, start in self.placements],
+            "placements": [
+                {"chunk_id": one.key, "start": one.start, "skip": one.skip} for one in self.placements
+            ],
             "fresh_start": self.fresh_start,
         }
 
     def salt(self, scope: Scope) -> str:
         """One salt per user and plan: adapted KV is shared with nobody but the same plan."""
-        parts = [scope.namespace, scope.user_id, *(f"{key}@{start}" for key, start in self.placements)]
+        placed = (f"{one.key}@{one.start}+{one.skip}" for one in self.placements)
+        parts = [scope.namespace, scope.user_id, *placed]
         framed = "".join(f"{len(part)}:{part}" for part in parts)
         return "kv_agent:" + hashlib.blake2b(framed.encode(), digest_size=16).hexdigest()
 
@@ -60,15 +71,15 @@ def build_prompt(
             chosen.append(turn)
             room -= size
     chosen.sort(key=lambda turn: (turn.created, turn.turn_id))
-    placements: list[tuple[ChunkKey, int]] = []
+    placements: list[Placed] = []
     position = 0
     for chunk in prefix:
-        placements.append((chunk.key, position))
+        placements.append(Placed(chunk.key, position))
         position += chunk.num_tokens
     token_ids = list(prefix_ids)
     for turn in chosen:
         for key in turn.chunk_keys:
-            placements.append((key, len(token_ids)))
+            placements.append(Placed(key, len(token_ids)))
             token_ids += chunks[key].token_ids
     return MemoryPrompt(
         token_ids=(*token_ids, *fresh.token_ids),

@@ -86,6 +86,8 @@ class Catalog:
         chunks: Sequence[ChunkRecord],
         vectors: Mapping[ChunkKey, bytes],
         sketches: Mapping[ChunkKey, bytes] = MappingProxyType({}),
+        *,
+        is_part: bool = False,
     ) -> AddResult:
         """Store a turn in one transaction; the bytes of ``context`` and ``chunks`` must be durable.
 
@@ -93,10 +95,11 @@ class Catalog:
         bare key, must be in the catalog (:class:`UnknownChunkError`). Live rows stay as they are,
         quarantined ones are replaced. A turn with the scope, fingerprint and chunks of an older one is
         that turn: its id becomes an alias. ``vectors`` and ``sketches`` are what chunks are found by: their
-        pooled keys and the keys of their tokens.
+        pooled keys and the keys of their tokens. With ``is_part`` only ``context`` is added, to a turn that
+        must be there.
         """
         with self._transaction() as db:
-            return turn_writes.add_turn(db, turn, context, chunks, vectors, sketches)
+            return turn_writes.add_turn(db, turn, context, chunks, vectors, sketches, is_part)
 
     def turns(self, ids: Iterable[TurnId]) -> dict[TurnId, TurnRecord]:
         """The turns that exist, by the id asked for, which may be an alias."""

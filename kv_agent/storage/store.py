@@ -70,22 +70,28 @@ class LocalStore:
         return self._catalog
 
     def put_turn(
-        self, turn: TurnRecord, context: Sequence[NewChunk], content: Sequence[NewChunk]
+        self,
+        turn: TurnRecord,
+        context: Sequence[NewChunk],
+        content: Sequence[NewChunk],
+        *,
+        is_part: bool = False,
     ) -> AddResult:
         """Store a turn and those of its chunks whose bytes the store does not have yet.
 
         When this returns, the turn survives a crash. Content chunks named in ``turn.chunk_keys`` may
-        be left out of ``content`` when they are stored already.
+        be left out of ``content`` when they are stored already. With ``is_part`` context is added to a turn
+        that must be there.
         """
         given = {chunk.key for chunk in (*context, *content)}
         for _ in range(_PUT_ATTEMPTS - 1):
             try:
-                return self._put_turn(turn, context, content)
+                return self._put_turn(turn, context, content, is_part)
             except UnknownChunkError as err:
                 if not err.keys <= given:
                     raise
                 # Another process forgot a chunk after we had found it stored: write it this time.
-        return self._put_turn(turn, context, content)
+        return self._put_turn(turn, context, content, is_part)
 
     def load(self, record: ChunkRecord) -> Tensor:
         """The chunk's tensor, verified; shared with the cache, so never modify it.
@@ -152,7 +158,7 @@ class LocalStore:
         self._catalog.close()
 
     def _put_turn(
-        self, turn: TurnRecord, context: Sequence[NewChunk], content: Sequence[NewChunk]
+        self, turn: TurnRecord, context: Sequence[NewChunk], content: Sequence[NewChunk], is_part: bool
     ) -> AddResult:
         chunks = {chunk.key: chunk for chunk in (*context, *content)}
         stored = self._catalog.chunks(chunks)
@@ -169,6 +175,7 @@ class LocalStore:
                 [records[chunk.key] for chunk in content if chunk.key in records],
                 {key: chunk.vector for key, chunk in chunks.items() if chunk.vector is not None},
                 {key: chunk.sketch for key, chunk in chunks.items() if chunk.sketch is not None},
+                is_part=is_part,
             )
         except (StorageError, ValueError):
             self._delete_unused([blob] if new else [])

@@ -40,6 +40,7 @@ def add_turn(
     chunks: Sequence[ChunkRecord],
     vectors: Mapping[ChunkKey, bytes],
     sketches: Mapping[ChunkKey, bytes],
+    is_part: bool,
 ) -> AddResult:
     """See :meth:`kv_agent.storage.catalog.Catalog.add_turn`."""
     records = [*(item for item in context if isinstance(item, ChunkRecord)), *chunks]
@@ -52,7 +53,7 @@ def add_turn(
     late_vectors = [(vector, key) for key, vector in vectors.items() if key in keys]
     db.executemany(sql.SET_MISSING_VECTOR, late_vectors)
     db.executemany(sql.INSERT_SKETCH, [(key, data) for key, data in sketches.items() if key in keys])
-    turn_id, new_turn = _put_turn(db, turn, context_keys)
+    turn_id, new_turn = _put_turn(db, turn, context_keys, is_part)
     _add_missing_entries(db, keys)
     documents.add_missing(db, keys)
     unused = db.execute(sql.UNUSED_BLOBS, (rows.json_list(old_blobs),)).fetchall()
@@ -145,19 +146,24 @@ def _require_known(db: Database, turn: TurnRecord, keys: Collection[ChunkKey]) -
         )
 
 
-def _put_turn(db: Database, turn: TurnRecord, context_keys: Sequence[ChunkKey]) -> tuple[TurnId, bool]:
+def _put_turn(
+    db: Database, turn: TurnRecord, context_keys: Sequence[ChunkKey], is_part: bool
+) -> tuple[TurnId, bool]:
     """Insert the turn, or make its id an alias of the same turn stored before."""
     same = db.execute(sql.SAME_TURN, (rows.turn_digest(turn),)).fetchone()
     taken = db.execute(sql.RESOLVE_TURN, {"id": turn.turn_id}).fetchone()
     if taken is not None and taken != same:
         raise StorageError(f"turn id {turn.turn_id} already names a different turn")
     turn_id: TurnId = turn.turn_id if same is None else same[0]
+    if same is None and is_part:
+        raise StorageError(f"the turn that {turn.turn_id} is a part of is not, or no longer, stored")
     if same is None:
         db.execute(sql.INSERT_TURN, rows.turn_to_row(turn))
         content = [(turn_id, "content", idx, key) for idx, key in enumerate(turn.chunk_keys)]
         db.executemany(sql.INSERT_TURN_CHUNK, content)
     else:
-        db.execute(sql.PROLONG_TURN, {"turn_id": turn_id, "expires": turn.expires})
+        if not is_part:
+            db.execute(sql.PROLONG_TURN, {"turn_id": turn_id, "expires": turn.expires})
         if taken is None:
             db.execute(sql.INSERT_ALIAS, (turn.turn_id, turn_id))
     # Also for a known turn: every chunk row must be used by some turn, or it could never be forgotten.

@@ -50,7 +50,8 @@ class Segment:
 class CaptureJob:
     """Copy a finished request's new tokens off the paged cache and store them as one turn.
 
-    ``content_keys`` are all chunks of the turn in order, the already stored ones included.
+    ``content_keys`` are all chunks of the turn in order, the already stored ones included. With ``is_part``
+    the turn is there already, and only context is added to it.
     """
 
     request_id: str
@@ -65,6 +66,7 @@ class CaptureJob:
     created: float
     metadata: Mapping[str, str | int | float | bool]
     expires: float | None = None
+    is_part: bool = False
 
     @property
     def segments(self) -> tuple[Segment, ...]:

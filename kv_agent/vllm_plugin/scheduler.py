@@ -335,10 +335,12 @@ class SchedulerSide:
             first = options.plan.fresh_start if options.plan is not None else start
         split = min(max(start, first), end)
         cut = self._config.chunk_tokens
+        if options.part_of:
+            split = end
         before = cut_segments(context, tokens, start, split, cut, self._fingerprint)
         context = before[-1].key if before else context
         content = cut_segments(context, tokens, split, end, cut, self._fingerprint)
-        stored = tuple(chunk for chunk in known if chunk.start >= first)
+        stored = tuple(chunk for chunk in known if chunk.start >= first and not options.part_of)
         if not content and not stored and not before:
             return None  # all of it is stored already
         created = self._clock()
@@ -350,11 +352,13 @@ class SchedulerSide:
             fingerprint=self._fingerprint,
             context=before,
             content=content,
-            content_keys=tuple(c.key for c in stored) + tuple(s.key for s in content),
+            content_keys=tuple(map(ChunkKey, options.part_of))
+            or tuple(c.key for c in stored) + tuple(s.key for s in content),
             content_tokens=tuple(tokens[min([c.start for c in stored] + [split]) : end]),
             created=created,
             metadata=options.metadata,
             expires=None if options.ttl_s is None else created + options.ttl_s,
+            is_part=bool(options.part_of),
         )
         for segment in job.segments:
             self._pending.add(segment.parent, segment.key, len(segment.token_ids))

@@ -264,7 +264,7 @@ class WorkerSide:
             metadata=job.metadata,
             expires=job.expires,
         )
-        self._store.put_turn(turn, context, content)
+        self._store.put_turn(turn, context, content, is_part=job.is_part)
 
     def _submit(self, job: CaptureJob, num_bytes: int, store: Callable[[], None]) -> str | None:
         def run() -> None:

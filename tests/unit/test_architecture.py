@@ -36,8 +36,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engines": ENGINES_NEED,
     "prompting": BASE,
     "planning": BASE | {"prompting"},
+    "repair": BASE | {"planning"},
     "searching": BASE | {"retrieval", "storage"},
-    "manager": USER_LAYER_NEEDS | {"searching"},
+    "manager": USER_LAYER_NEEDS | {"searching", "repair"},
     "memory": USER_LAYER_NEEDS | {"manager", "searching"},
     "agents": USER_LAYER_NEEDS | {"manager", "memory"},
 }

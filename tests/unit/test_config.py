@@ -135,6 +135,7 @@ def test_full_request_is_understood() -> None:
         "content_start": 12,
         "metadata": {"topic": "billing", "turn": 3, "score": 0.5, "pinned": True},
         "plan": {"placements": [{"chunk_id": CHUNK_ID, "start": 12, "skip": 3}], "fresh_start": 40},
+        "part_of": [CHUNK_ID],
         "ttl_s": 60.0,
         "probe": {"start": 12, "end": 20},
     }

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kv_agent.chunks import ChunkKey, ChunkRecord, Scope, TurnId, TurnRecord
 from kv_agent.config import PlanOptions, parse
-from kv_agent.planning import MemoryPrompt, build_prompt
+from kv_agent.planning import MemoryPrompt, Placed, build_prompt
 from kv_agent.prompting import FreshTurn
 from kv_agent.vllm_plugin.plan import check_plan
 from tests.unit.vllm_plugin.builders import FINGERPRINT, SCOPE, chain, record, tokens_of
@@ -80,8 +80,8 @@ def test_prompts_hold_the_best_turns_that_fit_at_their_places(
     known = chunks | by_key(PREFIX)
     position = 0 if stored_prefix else PREFIX.num_tokens
     assert prompt.token_ids[: PREFIX.num_tokens] == PREFIX.token_ids
-    for key, start in prompt.placements:
-        assert start == position
+    for key, start, skip in prompt.placements:
+        assert (start, skip) == (position, 0)
         position += known[key].num_tokens
         assert prompt.token_ids[start:position] == known[key].token_ids
     assert prompt.fresh_start == position
@@ -89,7 +89,7 @@ def test_prompts_hold_the_best_turns_that_fit_at_their_places(
     keys = [PREFIX.key] if stored_prefix else []
     for one in prompt.turns:
         keys += one.chunk_keys
-    assert [key for key, _ in prompt.placements] == keys
+    assert [one.key for one in prompt.placements] == keys
 
 
 def test_a_smaller_turn_takes_the_room_that_a_better_one_would_exceed() -> None:
@@ -121,7 +121,7 @@ def test_a_turn_is_taken_whole_or_not_at_all() -> None:
     prompt = build_prompt(
         [PREFIX], memories, by_key(one, replace(two, quarantined=True)), FRESH, max_prompt_tokens=99
     )
-    assert (prompt.turns, prompt.placements) == ((), ((PREFIX.key, 0),))
+    assert (prompt.turns, prompt.placements) == ((), ((PREFIX.key, 0, 0),))
 
 
 def test_the_oldest_memory_stands_first() -> None:
@@ -152,11 +152,11 @@ def test_the_engine_accepts_every_placement_of_a_prompt() -> None:
 # -- salts ------------------------------------------------------------------------------------------------
 
 
-def prompt_of(*placements: tuple[str, int]) -> MemoryPrompt:
+def prompt_of(*placements: tuple[str, int] | tuple[str, int, int]) -> MemoryPrompt:
     return MemoryPrompt(
         token_ids=(1, 2, 3),
         fresh_start=2,
-        placements=tuple((ChunkKey(key), start) for key, start in placements),
+        placements=tuple(Placed(ChunkKey(key), *rest) for key, *rest in placements),
         turns=(),
     )
 
@@ -183,7 +183,7 @@ def test_the_same_plan_of_the_same_user_has_one_salt() -> None:
     ],
 )
 def test_another_user_plan_or_position_has_another_salt(
-    placements: list[tuple[str, int]], scope: dict[str, str]
+    placements: list[tuple[str, int] | tuple[str, int, int]], scope: dict[str, str]
 ) -> None:
     mine = prompt_of(("a", 0), ("b", 4)).salt(SCOPE)
     theirs = Scope(**({"namespace": SCOPE.namespace, "user_id": SCOPE.user_id} | scope))

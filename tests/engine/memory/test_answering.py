@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from kv_agent import AgentMemory, CacheManager
+from kv_agent import AgentMemory, CacheManager, ConfigError
 from kv_agent.engines.base import Call
+from kv_agent.manager import Quality
+from kv_agent.memory import Answer
 from tests.engine.memory.shared import REPLY
 
 pytestmark = pytest.mark.engine
@@ -111,6 +113,42 @@ def test_a_system_prompt_is_stored_once_placed_exactly_and_never_found(manager: 
     assert answer.reuse.adapted == answer.memories[1].tokens
     assert len(answer.reuse.chunk_ids) == 3
     assert [m.text for m in memory.list() if "Be brief" in m.text] == []
+
+
+def test_quality_says_what_is_put_back(manager: CacheManager) -> None:
+    memory = AgentMemory(manager, user_id="quality", system_prompt="Be brief.")
+    for fact in ("Omar Reyes works as a chemist in a big and old laboratory by the sea, he says.",
+                 "Tamar Vogel works as a judge in a big and old house by the sea, she says."):  # fmt: skip
+        memory.store(fact, REPLY)
+    question = "What does Omar Reyes do for work?"
+    prefix = len(manager.prompts.prefix("Be brief."))
+
+    def ask(quality: Quality) -> Answer:
+        return memory.generate(question, top_k=2, max_tokens=8, store=False, quality=quality)
+
+    fast, exact = ask("fast"), ask("exact")
+    first, second = (one.tokens for one in fast.memories)
+    assert (fast.reuse.exact, fast.reuse.adapted) == (prefix + first, second)
+    assert (exact.reuse.exact, exact.reuse.adapted) == (prefix + first, 0)
+    assert exact.reuse.computed == fast.reuse.computed + second
+    assert exact.reuse.refused == ()
+
+    stored = manager.stats()
+    balanced = ask("balanced")
+    assert (balanced.reuse.exact, balanced.reuse.adapted) == (
+        prefix + first + second // 10,
+        second - second // 10,
+    )
+    assert balanced.reuse.refused == ()
+    linked = manager.stats()
+    assert (linked["chunks"], linked["turns"]) == (stored["chunks"] + 1, stored["turns"])
+    assert ask("balanced").text == balanced.text
+    assert manager.stats() == linked  # the link is found, not made again
+
+    assert memory.forget([fast.memories[1].id]) == 1  # and goes with its memory
+    assert manager.stats()["chunks"] == stored["chunks"] - 1
+    with pytest.raises(ConfigError, match='quality must be "fast", "balanced" or "exact"'):
+        memory.generate(question, quality="best")  # type: ignore[arg-type]
 
 
 def test_a_system_prompt_longer_than_a_chunk_is_placed_chunk_by_chunk(manager: CacheManager) -> None:

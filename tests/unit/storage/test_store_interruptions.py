@@ -48,10 +48,10 @@ def test_a_chunk_forgotten_between_look_up_and_commit_is_written_anew(
     store.put_turn(turn_of([first]), [], [first])
     real_add = Catalog.add_turn
 
-    def forget_first(*args: object) -> AddResult:
+    def forget_first(*args: object, **options: object) -> AddResult:
         monkeypatch.setattr(Catalog, "add_turn", real_add)
         store.forget([TurnId("turn-1")])
-        return real_add(*args)  # type: ignore[arg-type]
+        return real_add(*args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Catalog, "add_turn", forget_first)
     if as_context:
@@ -94,7 +94,7 @@ def die_while_storing(root: str, moment: str) -> None:
     before, during = chain(3), chain(3, 4, seed=1)
     store.put_turn(turn_of(before), [], before)
 
-    def die(*_: object) -> None:
+    def die(*_: object, **__: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     if moment == "before the rename":
@@ -104,8 +104,8 @@ def die_while_storing(root: str, moment: str) -> None:
     else:
         add_turn = Catalog.add_turn
 
-        def add_and_die(*args: object) -> None:
-            add_turn(*args)  # type: ignore[arg-type]
+        def add_and_die(*args: object, **options: object) -> None:
+            add_turn(*args, **options)  # type: ignore[arg-type]
             die()
 
         Catalog.add_turn = add_and_die  # type: ignore[method-assign, assignment]

@@ -43,6 +43,30 @@ def test_a_turn_comes_back_bit_for_bit_from_a_reopened_store(
     second.close()
 
 
+def test_a_part_goes_with_the_turn_that_it_was_stored_for(store: LocalStore) -> None:
+    chunks, (part,) = chain(3, 4), chain(2, seed=5)
+    turn = dataclasses.replace(turn_of(chunks), expires=9.0)
+    store.put_turn(turn, [], chunks)
+
+    def put_part() -> None:
+        again = dataclasses.replace(turn, turn_id=TurnId("part"), text="", expires=None)
+        store.put_turn(again, [part], [], is_part=True)
+
+    put_part()
+    put_part()  # a retry
+    assert holds(store, [*chunks, part])
+    assert store.catalog.turns([TurnId("part")]) == {TurnId("part"): turn}  # as it was
+    assert [one.turn_id for one in store.catalog.list_turns(Scope())] == ["turn-1"]
+
+    store.put_turn(turn_of(chunks, "elsewhere", Scope(agent_id="other")), [], chunks)
+    store.forget([TurnId("turn-1")])
+    assert holds(store, chunks)
+    with pytest.raises(StorageError, match="not, or no longer, stored"):
+        put_part()
+    assert len(blob_files(store)) == 1
+    assert store.stats()["chunks"] == len(chunks)
+
+
 def test_the_directory_is_private(tmp_path: Path) -> None:
     LocalStore(tmp_path / "a" / "store", host_bytes=0).close()
 

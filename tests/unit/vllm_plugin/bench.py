@@ -88,13 +88,18 @@ class TroubledStore(LocalStore):
         return super().load(record)
 
     def put_turn(
-        self, turn: TurnRecord, context: Sequence[NewChunk], content: Sequence[NewChunk]
+        self,
+        turn: TurnRecord,
+        context: Sequence[NewChunk],
+        content: Sequence[NewChunk],
+        *,
+        is_part: bool = False,
     ) -> AddResult:
         assert self.may_put.wait(WAIT_S)
         if self.put_error is not None:
             raise self.put_error
         self.given_vectors.update({chunk.key: chunk.vector for chunk in (*context, *content)})
-        return super().put_turn(turn, context, content)
+        return super().put_turn(turn, context, content, is_part=is_part)
 
 
 class Bench:

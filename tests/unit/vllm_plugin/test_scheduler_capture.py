@@ -52,6 +52,17 @@ def test_a_finished_request_is_captured_without_its_last_token(desk: Desk) -> No
     assert served.answer["turn_id"] == job.turn_id
 
 
+def test_tokens_kept_for_a_stored_turn_are_its_context(desk: Desk) -> None:
+    keys = [f"{number:032x}" for number in (1, 2)]
+    job = desk.serve(request(range(6), part_of=keys, content_start=0), outputs=(70,)).captured
+    assert job.is_part
+    assert job.content == ()
+    assert job.content_keys == tuple(keys)
+    assert job.content_tokens == ()
+    assert spans(job.context) == [(0, 4), (4, 6)]
+    assert not desk.serve(request(range(9), "other"), outputs=(70,)).captured.is_part
+
+
 def test_tokens_that_were_not_computed_are_not_captured(desk: Desk) -> None:
     one = request(range(10))
     desk.side.new_request(one)
