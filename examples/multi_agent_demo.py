@@ -19,7 +19,7 @@ from typing import NamedTuple
 from kv_agent import AgentMemory, CacheManager
 from kv_agent.engines.base import Call, Reuse
 
-TOP_K = 2
+TOP_K = 5
 REPLY = "I will remember that."
 
 # agent -> sessions -> what its user told it, one turn per sentence
