@@ -66,7 +66,7 @@ def measure(
         yield {"way": name, **{key: round(fmean(each), 5) for key, each in values.items()}}
 
 
-def recall_ways(lab: Lab) -> dict[str, Way]:
+def ways_with(lab: Lab) -> dict[str, Way]:
     prompts = ChatPrompts(lab.engine.tokenizer)
     return ways(prompts.neutral)
 
@@ -101,7 +101,7 @@ def main() -> None:
                 cases = list(_cases(lab, args, num_memories))
                 names = {
                     name: way
-                    for name, way in recall_ways(lab).items()
+                    for name, way in ways_with(lab).items()
                     if name == "computed" or any(part in name for part in args.only)
                 }
                 num_tokens = ANSWER_TOKENS if args.task == "recall" else GREEDY_TOKENS

@@ -73,7 +73,7 @@ def test_storing_the_same_turn_twice_is_one_memory(manager: CacheManager, store:
 
 
 @pytest.mark.parametrize("system_prompt", [None, "Be brief."])
-def test_no_memory_begins_a_sequence(manager: CacheManager, system_prompt: str | None) -> None:
+def test_a_stored_memory_does_not_begin_a_sequence(manager: CacheManager, system_prompt: str | None) -> None:
     memory = AgentMemory(manager, user_id=f"behind {system_prompt}", system_prompt=system_prompt)
     memory.store("Ida Bergman has a hen at home.", REPLY)
 
