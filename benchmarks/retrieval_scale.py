@@ -36,7 +36,7 @@ from kv_agent.chunks import (
 )
 from kv_agent.retrieval.engine import RetrievalEngine
 from kv_agent.retrieval.index import NamespaceIndex
-from kv_agent.retrieval.sketches import to_sketch
+from kv_agent.retrieval.sketches import rounded, to_sketch
 from kv_agent.storage.catalog import Catalog
 
 Floats = npt.NDArray[np.float32]
@@ -208,7 +208,9 @@ def measure(num_chunks: int, size: int, num_queries: int) -> dict[str, object]:
     queries = rng.integers(num_chunks, size=num_queries).tolist()
     row: dict[str, object] = {"chunks": num_chunks, "values": size}
     started = time.perf_counter()
-    index = NamespaceIndex(FINGERPRINT, "default", lambda keys: {k: texts.tokens(int(k, 16)) for k in keys})
+    index = NamespaceIndex(
+        FINGERPRINT, "default", lambda keys: {k: rounded(texts.tokens(int(k, 16))) for k in keys}
+    )
     fill(index, texts, num_chunks)
     index.search(texts.query(0).mean(axis=0), Scope(), 1)
     row["build_s"] = round(time.perf_counter() - started, 1)
@@ -257,7 +259,8 @@ def many_namespaces(num: int, chunks_each: int, size: int) -> dict[str, object]:
             return [change(row, vectors[row], namespace) for row in range(seq, chunks_each)][:limit]
 
     with tempfile.TemporaryDirectory() as folder:
-        each = chunks_each * (2 * size + 88) + 4 * size**2 + 4 * NUM_TOKENS * chunks_each * size
+        compared = NUM_TOKENS * chunks_each * (size + 8)  # the background, and as many tokens kept
+        each = chunks_each * (2 * size + 88) + 4 * size**2 + 2 * compared
         kept = num // 10 * each
         engine = RetrievalEngine(ManyFeed(texts), FINGERPRINT, Path(folder), max_bytes=kept)
         times: dict[str, list[float]] = {"first": [], "again": []}
@@ -274,20 +277,28 @@ def many_namespaces(num: int, chunks_each: int, size: int) -> dict[str, object]:
 
 
 def through_catalog(num_turns: int, size: int) -> dict[str, object]:
-    """From handing a turn to the catalog until a search finds it, with so many turns there already."""
+    """From handing a turn to the catalog until a search finds it, with so many turns there already.
+
+    Searches follow each other, so later ones find some of their candidates' tokens still kept.
+    """
     texts = Texts(size)
     with tempfile.TemporaryDirectory() as folder:
         catalog = Catalog(Path(folder) / "catalog.sqlite3")
         engine = RetrievalEngine(catalog, FINGERPRINT, None)
         added: list[float] = []
         visible: list[float] = []
+        searched: list[float] = []
+        busy: list[float] = []  # of this process's own time, whatever else runs on the core
         for number in range(num_turns + 50):
             keys_TV = texts.tokens(number)
             started = time.perf_counter()
             _add_turn(catalog, number, keys_TV)
             added.append(time.perf_counter() - started)
             if number >= num_turns:
+                search_started, busy_before = time.perf_counter(), time.process_time()
                 found = engine.search(keys_TV, Scope(), 1)
+                busy.append(time.process_time() - busy_before)
+                searched.append(time.perf_counter() - search_started)
                 assert found[0].turn_id == f"turn-{number}"
                 visible.append(time.perf_counter() - started)
             elif number == num_turns - 1:
@@ -299,6 +310,8 @@ def through_catalog(num_turns: int, size: int) -> dict[str, object]:
         "values": size,
         **_percentiles("added", added[num_turns:]),
         **_percentiles("visible", visible),
+        **_percentiles("search", searched),
+        **_percentiles("search_cpu", busy),
     }
 
 

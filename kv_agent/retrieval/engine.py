@@ -20,9 +20,10 @@ from torch import Tensor
 from kv_agent.chunks import ChunkKey, ContentKey, Fingerprint, IndexChange, Scope, TurnId
 from kv_agent.errors import KVAgentError
 from kv_agent.retrieval.index import IndexHit, NamespaceIndex
-from kv_agent.retrieval.interaction import Documents, shares
+from kv_agent.retrieval.interaction import documents_of, shares
 from kv_agent.retrieval.pooling import as_rows
-from kv_agent.retrieval.sketches import from_sketch
+from kv_agent.retrieval.sketches import Sketch, read_sketch, rounded
+from kv_agent.retrieval.token_space import Tokens
 
 logger = logging.getLogger(__name__)
 
@@ -157,37 +158,35 @@ class RetrievalEngine:
         tokens = self._tokens_of(index, [copy.best for copy in copies])
         if not tokens:
             return []
-        candidates = Documents(
-            tokens_TV=np.concatenate(tokens), sizes_N=np.array([len(one_TV) for one_TV in tokens])
-        )
+        query = index.token_space.query(query_tV)
         num_others = index.num_entries - len(tokens)
-        won = shares(index.space.unit(query_tV), candidates, index.background, num_others).tolist()
+        won = shares(query, documents_of(tokens), index.background, num_others).tolist()
         scored = [(copy.newest, score) for copy, score in zip(copies, won, strict=False)]
         return sorted(scored, key=lambda pair: (-pair[1], -pair[0].entry_id))
 
-    def _tokens_of(self, index: NamespaceIndex, hits: Sequence[IndexHit]) -> list[npt.NDArray[np.float32]]:
+    def _tokens_of(self, index: NamespaceIndex, hits: Sequence[IndexHit]) -> list[Tokens]:
         """Tokens of the first chunks, as many as are compared; the mean of unknown ones."""
-        found: list[npt.NDArray[np.float32]] = []
+        found: list[Tokens] = []
         num_tokens = 0
         for start in range(0, len(hits), _CHUNKS_PER_STEP):
             step = hits[start : start + _CHUNKS_PER_STEP]
             known = index.tokens([hit.chunk_key for hit in step])
             for hit in step:
-                tokens_TV = known.get(hit.chunk_key)
-                if tokens_TV is None:
-                    tokens_TV = index.space.unit(index.vector(hit.entry_id)[None])
-                found.append(tokens_TV)
-                num_tokens += len(tokens_TV)
+                tokens = known.get(hit.chunk_key)
+                if tokens is None:
+                    (tokens,) = index.token_space.place([rounded(index.vector(hit.entry_id)[None])])
+                found.append(tokens)
+                num_tokens += len(tokens.scales_T)
                 if num_tokens >= _CANDIDATE_TOKENS:
                     return found
         return found
 
-    def _token_keys(self, keys: Sequence[ChunkKey]) -> dict[ChunkKey, npt.NDArray[np.float32]]:
+    def _token_keys(self, keys: Sequence[ChunkKey]) -> dict[ChunkKey, Sketch]:
         """What is known of the tokens of these chunks; a damaged sketch is none, which is said once."""
-        known: dict[ChunkKey, npt.NDArray[np.float32]] = {}
+        known: dict[ChunkKey, Sketch] = {}
         for key, data in self._feed.sketches(keys).items():
             try:
-                known[key] = from_sketch(data)
+                known[key] = read_sketch(data)
             except ValueError as err:
                 if not self._warned:
                     self._warned = True

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from kv_agent.chunks import ChunkKey
-from kv_agent.retrieval.entries import Floats, Halves, Rows
-from kv_agent.retrieval.interaction import Documents
+from kv_agent.retrieval.entries import Halves, Rows
+from kv_agent.retrieval.interaction import Documents, documents_of
 from kv_agent.retrieval.neighbours import Neighbours, build
-from kv_agent.retrieval.spaces import Space, centred_on, whitening_of
+from kv_agent.retrieval.sketches import Sketch
+from kv_agent.retrieval.snapshot import Arrays
+from kv_agent.retrieval.spaces import Space, Spaces, centred_on, whitening_of
+from kv_agent.retrieval.token_space import Tokens, TokenSpace
 
 MIN_CENTRED = 2  # of one entry alone nothing would be left
 _SAMPLED_TOKENS = 16_384
@@ -20,40 +25,65 @@ _SAMPLED_ROWS = 65_536  # for a mean, where no tokens are known
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Fit:
-    """A space, a sample of documents in it, and ``rows_N`` of a table searchable in their order."""
+    """Spaces, documents sampled in that of tokens, and ``rows_N`` of a table searchable in their order."""
 
     rows_N: Rows
     num_rows: int  # of the table, dead ones included, when it was fitted
-    space: Space
+    spaces: Spaces
     background: Documents | None
     sampled: list[ChunkKey]  # the documents of the background
     neighbours: Neighbours
 
 
-def fit(vectors_NV: Halves, rows_N: Rows, sample: Mapping[ChunkKey, Floats]) -> Fit:
-    """``vectors_NV`` with dead rows, ``rows_N`` the live ones; ``sample`` holds tokens [T, V] of some."""
+def fit(vectors_NV: Halves, rows_N: Rows, sample: Mapping[ChunkKey, Sketch]) -> Fit:
+    """``vectors_NV`` with dead rows, ``rows_N`` the live ones; ``sample`` holds tokens of some."""
     size = vectors_NV.shape[1]
-    sampled = [key for key, keys_TV in sample.items() if keys_TV.shape[1] == size and len(keys_TV)]
-    while len(sampled) > 1 and sum(len(sample[key]) for key in sampled) > _SAMPLED_TOKENS:
+    num_tokens = {key: len(one.scales_T) for key, one in sample.items() if one.levels_TV.shape[1] == size}
+    sampled = [key for key, num in num_tokens.items() if num]
+    while len(sampled) > 1 and sum(num_tokens[key] for key in sampled) > _SAMPLED_TOKENS:
         sampled = sampled[::2]
     known = [sample[key] for key in sampled]
-    space, background = Space(), None
-    if len(rows_N) >= MIN_CENTRED and sum(map(len, known)) >= MIN_CENTRED:
-        tokens_TV = np.concatenate(known)
-        space = whitening_of(tokens_TV)
-        background = Documents(
-            tokens_TV=space.unit(tokens_TV), sizes_N=np.array([len(keys_TV) for keys_TV in known])
-        )
+    spaces, background = Spaces(), None
+    if len(rows_N) >= MIN_CENTRED and sum(num_tokens[key] for key in sampled) >= MIN_CENTRED:
+        spaces = whitening_of(np.concatenate([one.keys() for one in known]))
+        background = documents_of(spaces.tokens.place(known))
     elif len(rows_N) >= MIN_CENTRED:
         step = -(-len(rows_N) // _SAMPLED_ROWS)
-        space = centred_on(vectors_NV[rows_N[::step]].astype(np.float32))
+        spaces = centred_on(vectors_NV[rows_N[::step]].astype(np.float32))
     return Fit(
         rows_N=rows_N,
         num_rows=len(vectors_NV),
-        space=space,
+        spaces=spaces,
         background=background,
         sampled=sampled if background is not None else [],
         neighbours=build(
-            size, len(rows_N), lambda a, b: space.unit(vectors_NV[rows_N[a:b]].astype(np.float32))
+            size, len(rows_N), lambda a, b: spaces.pooled.unit(vectors_NV[rows_N[a:b]].astype(np.float32))
         ),
     )
+
+
+def fitted_arrays(spaces: Spaces, background: Documents | None) -> Arrays:
+    """For a snapshot."""
+    arrays: dict[str, npt.NDArray[Any] | None] = {
+        "mean": spaces.pooled.mean_V,
+        "matrix": spaces.pooled.matrix_VV,
+        "damped": spaces.tokens.damped_VR,
+    }
+    if background is not None:
+        tokens = background.tokens
+        arrays |= {"levels": tokens.levels_TV, "scales": tokens.scales_T, "inverse": tokens.inverse_T}
+        arrays["sizes"] = background.sizes_N
+    return {name: np.ascontiguousarray(values) for name, values in arrays.items() if values is not None}
+
+
+def fitted_from(arrays: Arrays) -> tuple[Spaces, Documents | None]:
+    """Inverse of :func:`fitted_arrays`."""
+    mean_V = arrays.get("mean")
+    spaces = Spaces(
+        pooled=Space(mean_V=mean_V, matrix_VV=arrays.get("matrix")),
+        tokens=TokenSpace(mean_V=mean_V, damped_VR=arrays.get("damped")),
+    )
+    if "levels" not in arrays:
+        return spaces, None
+    tokens = Tokens(levels_TV=arrays["levels"], scales_T=arrays["scales"], inverse_T=arrays["inverse"])
+    return spaces, Documents(tokens=tokens, sizes_N=arrays["sizes"])

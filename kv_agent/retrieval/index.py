@@ -23,13 +23,15 @@ from torch import Tensor
 from kv_agent.chunks import ChunkKey, ContentKey, Fingerprint, IndexChange, Scope, TurnId
 from kv_agent.errors import KVAgentError
 from kv_agent.retrieval.entries import Entry, EntryTable, Floats, Halves, Rows
-from kv_agent.retrieval.fitting import Fit, fit
+from kv_agent.retrieval.fitting import Fit, fit, fitted_arrays, fitted_from
 from kv_agent.retrieval.interaction import Documents
 from kv_agent.retrieval.neighbours import Neighbours, build, fill
 from kv_agent.retrieval.pooling import as_array, from_bytes
+from kv_agent.retrieval.sketches import Sketch
 from kv_agent.retrieval.snapshot import Snapshot, read_snapshot, write_snapshot
-from kv_agent.retrieval.spaces import Space
+from kv_agent.retrieval.spaces import Space, Spaces
 from kv_agent.retrieval.token_cache import TokenCache
+from kv_agent.retrieval.token_space import Tokens, TokenSpace
 
 logger = logging.getLogger(__name__)
 
@@ -42,10 +44,10 @@ _KEPT_TOKEN_BYTES = 128 << 20
 _MOST_ADDED = 4  # times as many rows as were fitted: then waiting for the fit under way is faster
 _NO_CHANGE = (0, 0, "", "")
 
-TokenKeys = Callable[[Sequence[ChunkKey]], dict[ChunkKey, Floats]]  # [T, V] by chunk, where they are known
+TokenKeys = Callable[[Sequence[ChunkKey]], dict[ChunkKey, Sketch]]  # by chunk, where they are known
 
 
-def no_token_keys(_: Sequence[ChunkKey]) -> dict[ChunkKey, Floats]:
+def no_token_keys(_: Sequence[ChunkKey]) -> dict[ChunkKey, Sketch]:
     """For an index that knows pooled keys only: it is centred, not whitened."""
     return {}
 
@@ -94,15 +96,15 @@ class NamespaceIndex:
         self._token_keys = token_keys
         self._threads = background
         self._table = EntryTable()
-        self._space = Space()
+        self._spaces = Spaces()
         self._background: Documents | None = None
         self._neighbours: Neighbours | None = None  # of the first rows; a search adds the rest
         self._num_fitted = 0
         self._changes_since_fit = 0
-        self._sampled: list[ChunkKey] = []  # whose tokens the space and the background are from
+        self._sampled: list[ChunkKey] = []  # whose tokens the spaces and the background are from
         self._due: _Due | None = None
         self._fitting: Future[Fit] | None = None
-        self._compared = TokenCache(_KEPT_TOKEN_BYTES)  # in the space
+        self._compared = TokenCache(_KEPT_TOKEN_BYTES)
         self._bitmaps: OrderedDict[Scope, _Admitted] = OrderedDict()
         self._warned = False
 
@@ -117,21 +119,24 @@ class NamespaceIndex:
 
     @property
     def num_bytes(self) -> int:
-        """Of columns, space, background and kept tokens; what FAISS holds comes on top."""
-        fitted = [self._space.mean_V, self._space.matrix_VV]
-        if self._background is not None:
-            fitted.append(self._background.tokens_TV)
-        fitted_bytes = sum(values.nbytes for values in fitted if values is not None)
+        """Of columns, spaces, background and kept tokens; what FAISS holds comes on top."""
+        fitted = fitted_arrays(self._spaces, self._background)
+        fitted_bytes = sum(values.nbytes for values in fitted.values())
         return self._table.num_bytes + fitted_bytes + self._compared.num_bytes
 
     @property
     def space(self) -> Space:
         """Where vectors of this namespace are compared."""
-        return self._space
+        return self._spaces.pooled
+
+    @property
+    def token_space(self) -> TokenSpace:
+        """Where tokens of this namespace are compared."""
+        return self._spaces.tokens
 
     @property
     def background(self) -> Documents | None:
-        """A sample of the entries in that space; ``None`` if nothing is known of single tokens."""
+        """A sample of the entries in the tokens' space; ``None`` if nothing is known of single tokens."""
         return self._background
 
     @property
@@ -148,17 +153,19 @@ class NamespaceIndex:
         """The pooled keys of an entry that is there -> [V]."""
         return self._table.vector(entry_id)
 
-    def tokens(self, keys: Sequence[ChunkKey]) -> dict[ChunkKey, Floats]:
-        """Tokens of these chunks in the space, where they are known -> [T, V] of length one."""
+    def tokens(self, keys: Sequence[ChunkKey]) -> dict[ChunkKey, Tokens]:
+        """Tokens of these chunks in their space, where they are known."""
         found = self._compared.get(keys)
         loaded = self._token_keys([key for key in keys if key not in found])
-        fitting = {key: one for key, one in loaded.items() if len(one) and one.shape[1] == self.size}
+        fitting = {
+            key: one
+            for key, one in loaded.items()
+            if one.levels_TV.shape[1] == self.size and len(one.scales_T)
+        }
         if fitting:
-            unit_TV = self._space.unit(np.concatenate(list(fitting.values())))
-            ends = np.cumsum([len(one) for one in fitting.values()])
-            for key, part_TV in zip(fitting, np.split(unit_TV, ends[:-1]), strict=True):
-                found[key] = part_TV.copy()
-                self._compared.put(key, found[key])
+            for key, tokens in zip(fitting, self.token_space.place(list(fitting.values())), strict=True):
+                found[key] = tokens
+                self._compared.put(key, tokens)
         return found
 
     def ends_with(self, change: IndexChange) -> bool:
@@ -213,7 +220,7 @@ class NamespaceIndex:
         admitted = self._admitted(scope, only)
         if admitted.num == 0:
             return []
-        unit_1V = self._space.unit(query_V[None])
+        unit_1V = self.space.unit(query_V[None])
         scores_C, rows_C = self._candidates(neighbours, unit_1V, admitted, top_n)
         best_first = np.lexsort((-rows_C, -scores_C.round(_SCORE_DIGITS)))[:top_n]
         found = zip(self._table.named(rows_C[best_first]), scores_C[best_first].tolist(), strict=True)
@@ -234,12 +241,8 @@ class NamespaceIndex:
         }
         # Lists number all rows; without lists everything is made again as fast as it is read.
         arrays = self._table.pack(with_dead=has_lists)
-        if self._background is None:
-            if self._space.mean_V is not None:
-                arrays["mean"] = self._space.mean_V
-        elif self._space.mean_V is not None and self._space.matrix_VV is not None and has_lists:
-            arrays |= {"mean": self._space.mean_V, "matrix": self._space.matrix_VV}
-            arrays |= {"tokens": self._background.tokens_TV, "sizes": self._background.sizes_N}
+        if self._background is None or has_lists:
+            arrays |= fitted_arrays(self._spaces, self._background)
         else:  # they are larger than the vectors of few entries, and soon made again
             header["sampled"] = self._sampled
         if self._neighbours is not None and has_lists:
@@ -264,10 +267,8 @@ class NamespaceIndex:
         header, arrays = snapshot.header, snapshot.arrays
         index._last = tuple(header["last_change"])
         index._table = EntryTable.unpack(arrays)
-        index._space = Space(mean_V=arrays.get("mean"), matrix_VV=arrays.get("matrix"))
+        index._spaces, index._background = fitted_from(arrays)
         index._sampled = header.get("sampled", [])
-        if "tokens" in arrays:
-            index._background = Documents(tokens_TV=arrays["tokens"], sizes_N=arrays["sizes"])
         if index._sampled:
             index._due = _Due(index._table.vectors, index._table.live_rows(), index._sampled)
         if "lists" in arrays:
@@ -332,7 +333,7 @@ class NamespaceIndex:
         self._compared.clear()
         later_N = np.arange(fitted.num_rows, self._table.num_rows)
         self._table.keep(np.concatenate([fitted.rows_N, later_N]))
-        self._space, self._background = fitted.space, fitted.background
+        self._spaces, self._background = fitted.spaces, fitted.background
         self._sampled = fitted.sampled
         self._neighbours = fitted.neighbours
         if self._due is not None:  # its rows have other numbers now
@@ -380,7 +381,7 @@ class NamespaceIndex:
         return self._neighbours
 
     def _block(self, start: int, end: int) -> Floats:
-        return self._space.unit(self._table.vectors[start:end].astype(np.float32))
+        return self.space.unit(self._table.vectors[start:end].astype(np.float32))
 
 
 def _identity(change: IndexChange) -> tuple[int, int, str, str]:

@@ -22,7 +22,7 @@ from safetensors.numpy import save_file
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = "kv_agent.index.3"
+_FORMAT = "kv_agent.index.4"
 
 Arrays = dict[str, npt.NDArray[Any]]
 

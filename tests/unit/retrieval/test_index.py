@@ -238,6 +238,16 @@ def test_a_snapshot_of_another_index_is_ignored(tmp_path: Path, caplog: pytest.L
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
 
 
+def test_a_snapshot_of_an_earlier_format_is_ignored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as earlier:
+        earlier.setattr("kv_agent.retrieval.snapshot._FORMAT", "kv_agent.index.3")
+        new_index([change(1, np.ones(2, dtype=np.float32))]).save(tmp_path / "index")
+    assert NamespaceIndex.load(tmp_path / "index", FINGERPRINT, "default") is None
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
 def test_a_damaged_byte_anywhere_in_a_snapshot_is_noticed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -7,18 +7,23 @@ import math
 import numpy as np
 import pytest
 
-from kv_agent.retrieval.interaction import SHARPNESS, Documents, shares
+from kv_agent.retrieval.interaction import SHARPNESS, Documents, documents_of, shares
+from kv_agent.retrieval.sketches import rounded
+from kv_agent.retrieval.token_space import Query, TokenSpace
 
 
 def unit(rng: np.random.Generator, num_tokens: int, size: int = 8) -> np.ndarray:
     vectors = rng.normal(size=(num_tokens, size))
+    vectors = rounded(vectors.astype(np.float32)).keys()
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
 def bag(documents: list[np.ndarray]) -> Documents:
-    return Documents(
-        tokens_TV=np.concatenate(documents), sizes_N=np.array([len(document) for document in documents])
-    )
+    return documents_of(TokenSpace().place([rounded(document) for document in documents]))
+
+
+def asked(query: np.ndarray) -> Query:
+    return TokenSpace().query(query)
 
 
 @pytest.mark.parametrize("num_others", [0, 1, 500])
@@ -34,10 +39,10 @@ def test_shares_are_the_mean_softmax_of_best_cosines(num_others: int) -> None:
         total = sum(math.exp(SHARPNESS * cosine) for cosine in best)
         total += num_others * sum(math.exp(SHARPNESS * cosine) for cosine in rest) / 3
         expected += [math.exp(SHARPNESS * cosine) / total / 6 for cosine in best]
-    found = shares(query, bag(documents), bag(others), num_others)
+    found = shares(asked(query), bag(documents), bag(others), num_others)
     assert found == pytest.approx(expected, rel=1e-4)
     if not num_others:
-        assert shares(query, bag(documents)) == pytest.approx(expected, rel=1e-4)
+        assert shares(asked(query), bag(documents)) == pytest.approx(expected, rel=1e-4)
         assert found.sum() == pytest.approx(1, rel=1e-5)
 
 
@@ -45,7 +50,7 @@ def test_what_all_have_in_common_says_nothing() -> None:
     common, rare, other = np.eye(3, dtype=np.float32)
     documents = [np.stack([common, rare]), *(np.stack([common, other]) for _ in range(9))]
     query = np.stack([common, rare])
-    plain, *rest = shares(query, bag(documents))
+    plain, *rest = shares(asked(query), bag(documents))
     assert plain > 10 * max(rest)
 
 
@@ -54,7 +59,7 @@ def test_others_take_weight_from_what_they_have_too() -> None:
     frequent, rare, other = np.eye(3, dtype=np.float32)
     documents = [frequent[None], rare[None]]
     query = np.stack([frequent, rare])
-    one, two = shares(query, bag(documents))
+    one, two = shares(asked(query), bag(documents))
     assert one == pytest.approx(two)
-    one, two = shares(query, bag(documents), bag([np.stack([frequent, other])]), 100)
+    one, two = shares(asked(query), bag(documents), bag([np.stack([frequent, other])]), 100)
     assert two > 5 * one

@@ -18,7 +18,7 @@ def correlated(num_tokens: int, size: int = 6) -> np.ndarray:
 
 def test_whitened_tokens_have_mean_zero_and_equal_variances() -> None:
     tokens = correlated(20_000)
-    space = whitening_of(tokens)
+    space = whitening_of(tokens).pooled
     assert space.mean_V is not None
     assert space.matrix_VV is not None
     white = (tokens.astype(np.float64) - space.mean_V) @ space.matrix_VV
@@ -32,22 +32,22 @@ def test_without_whitening_only_the_mean_goes() -> None:
     tokens = correlated(30)
     centred = tokens - tokens.mean(axis=0)
     expected = centred / np.linalg.norm(centred, axis=1, keepdims=True)
-    assert np.allclose(centred_on(tokens).unit(tokens), expected, atol=1e-5)
+    assert np.allclose(centred_on(tokens).pooled.unit(tokens), expected, atol=1e-5)
 
 
 def test_vectors_have_length_one_unless_nothing_is_left_of_them() -> None:
     tokens = correlated(40)
-    for space in (Space(), centred_on(tokens), whitening_of(tokens)):
+    for space in (Space(), centred_on(tokens).pooled, whitening_of(tokens).pooled):
         assert np.linalg.norm(space.unit(tokens), axis=1) == pytest.approx(np.ones(40), abs=1e-5)
     alike = np.full((3, 2), 5.0, dtype=np.float32)
-    assert not centred_on(alike).unit(alike).any()
-    assert not whitening_of(alike).unit(alike).any()
+    assert not centred_on(alike).pooled.unit(alike).any()
+    assert not whitening_of(alike).pooled.unit(alike).any()
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 5])
 def test_fewer_tokens_than_dimensions_are_no_trouble(num_tokens: int) -> None:
     tokens = correlated(num_tokens)
-    unit = whitening_of(tokens).unit(correlated(10))
+    unit = whitening_of(tokens).pooled.unit(correlated(10))
     assert np.isfinite(unit).all()
 
 
@@ -57,7 +57,7 @@ def test_the_whitening_is_that_of_the_covariance_however_few_tokens(num_tokens: 
     tokens = correlated(num_tokens).astype(np.float64)
     covariance = np.cov(tokens, rowvar=False, bias=True)
     shrunk = covariance + 0.01 * np.trace(covariance) / 6 * np.eye(6)
-    space = whitening_of(tokens.astype(np.float32))
+    space = whitening_of(tokens.astype(np.float32)).pooled
     assert space.matrix_VV is not None
     product = space.matrix_VV.astype(np.float64) @ space.matrix_VV.T.astype(np.float64)
     assert product == pytest.approx(np.linalg.inv(shrunk), rel=1e-3, abs=1e-6)
