@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import NewType
 
 from kv_agent.errors import ConfigError
@@ -38,6 +38,10 @@ class Scope:
         for name in ("agent_id", "session_id"):
             if getattr(self, name) == "":
                 raise ConfigError(f"{name} must be a non-empty string, or None for all")
+
+    def to_dict(self) -> dict[str, str | None]:
+        """As request fields."""
+        return asdict(self)
 
     def admits(self, other: Scope) -> bool:
         """Whether a look-up in this scope may see something stored in ``other``."""

@@ -48,7 +48,7 @@ class PluginConfig(_Strict):
     """
 
     store: Path = Field(default_factory=default_store_dir)
-    chunk_tokens: int = Field(default=256, ge=1, le=65_536)
+    chunk_tokens: int = Field(default=128, ge=1, le=65_536)
     device_bytes: int = Field(default=0, ge=0)
     host_bytes: int = Field(default=1 << 30, ge=0)
     queue_bytes: int = Field(default=512 << 20, gt=0)

@@ -13,22 +13,20 @@ from typing import Any, Literal, Self
 from urllib.parse import quote
 
 from kv_agent.chunks import ChunkKey, ChunkRecord, Fingerprint, Scope, TurnId, root_key
-from kv_agent.config import default_store_dir
+from kv_agent.config import PluginConfig, default_store_dir
 from kv_agent.engines.base import Call, Completion, Engine
 from kv_agent.errors import ConfigError, KVAgentError
+from kv_agent.placing import Placer, Quality
 from kv_agent.planning import MemoryPrompt
 from kv_agent.prompting import ChatPrompts
-from kv_agent.repair import Rung, exact_only, ladder_of
 from kv_agent.retrieval.engine import RetrievalEngine
 from kv_agent.retrieval.texts import TextEmbedder, TextFeed, embedded
 from kv_agent.searching import Library, TextVoice
 from kv_agent.storage.store import LocalStore
-from kv_agent.vllm_plugin.chains import walk
 
 logger = logging.getLogger(__name__)
 
 Backend = Literal["auto", "gpu", "cpu"]
-Quality = Literal["fast", "balanced", "exact"]
 
 BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "examples" / "models" / "recall"
 
@@ -80,6 +78,12 @@ class CacheManager:
             raise
         self._index = RetrievalEngine(self._store.catalog, self._engine.fingerprint, root / "index")
         self._texts = None if embedder is None else self._text_voice(embedder, root / "index")
+        self._placer = Placer(
+            catalog=self._store.catalog,
+            fingerprint=self._engine.fingerprint,
+            chunk_tokens=int((settings or {}).get("chunk_tokens", PluginConfig().chunk_tokens)),
+            run=self._run_durably,
+        )
         self.prompts = ChatPrompts(self._engine.tokenizer)
 
     # -- what users call ----------------------------------------------------------------------------
@@ -113,7 +117,7 @@ class CacheManager:
             token_ids=token_ids,
             max_tokens=1,
             options={
-                "scope": scope_options(scope),
+                "scope": scope.to_dict(),
                 "content_start": len(before),
                 "metadata": dict(metadata or {}),
                 "ttl_s": ttl_s,
@@ -209,19 +213,8 @@ class CacheManager:
 
     def prefix_records(self, scope: Scope, system_prompt: str | None) -> list[ChunkRecord]:
         """The stored chunks that make up the prompt's prefix; none unless all of it is stored."""
-        prefix = self.prompts.prefix(system_prompt)
-        catalog = self._store.catalog
-        records: dict[ChunkKey, ChunkRecord] = {}
-
-        def usable(keys: Sequence[ChunkKey]) -> set[ChunkKey]:
-            found = {k: record for k, record in catalog.chunks(keys).items() if not record.quarantined}
-            records.update(found)
-            return set(found)
-
         root = root_key(self.fingerprint, scope.namespace, scope.user_id)
-        chain = walk(root, prefix, 0, catalog.child_lengths, usable)
-        whole = bool(chain) and chain[-1].end == len(prefix)
-        return [records[chunk.key] for chunk in chain] if whole else []
+        return self._placer.chain(root, self.prompts.prefix(system_prompt), 0)
 
     def ensure_prefix(self, scope: Scope, system_prompt: str | None) -> None:
         """Store the prefix as chunks of its own, so that memories can be placed right behind it."""
@@ -229,36 +222,16 @@ class CacheManager:
         if not prefix or self.prefix_records(scope, system_prompt):
             return
         self.check_length(len(prefix) + 1, "the system prompt")
-        options = {"scope": scope_options(scope), "content_start": len(prefix)}
+        options = {"scope": scope.to_dict(), "content_start": len(prefix)}
         self.run(Call(token_ids=prefix, max_tokens=1, options=options))
         self.wait_durable()
 
-    def with_quality(self, prompt: MemoryPrompt, scope: Scope, quality: Quality) -> MemoryPrompt:
-        """The prompt put back as ``quality`` wants it; links that are not stored yet are computed now."""
-        if quality == "fast":
-            return prompt
-        root = root_key(self.fingerprint, scope.namespace, scope.user_id)
-        chunks = self.chunk_records([one.key for one in prompt.placements])
-        if len(chunks) < len({one.key for one in prompt.placements}):
-            return prompt  # forgotten meanwhile: the engine refuses what is missing
-        if quality == "exact":
-            return exact_only(prompt, chunks, root)
-        ladder = ladder_of(prompt, chunks, root)
-        known = self.chunk_records([rung.key for rung in ladder.rungs])
-        for rung in ladder.rungs:
-            if rung.key not in known or known[rung.key].quarantined:
-                self._climb(rung)
-        return ladder.prompt
+    def placed(self, prompt: MemoryPrompt, scope: Scope, reading: Scope, quality: Quality) -> MemoryPrompt:
+        """The prompt as it is put back, see :class:`~kv_agent.placing.Placer`."""
+        return self._placer.placed(prompt, scope, reading, quality)
 
-    def _climb(self, rung: Rung) -> None:
-        """Compute and keep one link. Should that fail, the engine computes what needs it."""
-        options = {
-            "scope": scope_options(rung.turn.scope),
-            "part_of": list(rung.turn.chunk_keys),
-            "plan": rung.prompt.options(),
-        }
-        salt = rung.prompt.salt(rung.turn.scope)
-        self.run(Call(token_ids=rung.prompt.token_ids, max_tokens=1, cache_salt=salt, options=options))
+    def _run_durably(self, call: Call) -> None:
+        self.run(call)
         self.wait_durable()
 
     def chunk_records(self, keys: Sequence[ChunkKey]) -> dict[ChunkKey, ChunkRecord]:
@@ -288,16 +261,6 @@ class CacheManager:
         for namespace, user_id in self._attached:
             return Scope(namespace=namespace, user_id=user_id)
         return Scope()
-
-
-def scope_options(scope: Scope) -> dict[str, str | None]:
-    """A scope as request fields."""
-    return {
-        "namespace": scope.namespace,
-        "user_id": scope.user_id,
-        "agent_id": scope.agent_id,
-        "session_id": scope.session_id,
-    }
 
 
 def _resolve_backend(backend: Backend) -> Literal["gpu", "cpu"]:

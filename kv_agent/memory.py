@@ -11,7 +11,8 @@ from typing import Any, Literal, Self, get_args
 from kv_agent.chunks import EVERY_TURN, ChunkKey, Scope, TurnFilter, TurnId, TurnRecord
 from kv_agent.engines.base import Call, Reuse
 from kv_agent.errors import ConfigError
-from kv_agent.manager import Backend, CacheManager, Quality, scope_options
+from kv_agent.manager import Backend, CacheManager
+from kv_agent.placing import Quality
 from kv_agent.planning import build_prompt
 from kv_agent.retrieval.sketches import from_sketch
 from kv_agent.searching import Found, Mode, Request, Voice, VoiceName, find_turns
@@ -148,17 +149,19 @@ class AgentMemory:
     ) -> Answer:
         """Answer ``query`` with the ``top_k`` best memories put back as KV in front of it.
 
-        The memories' tokens are part of the prompt; what cannot be re-injected is computed. With
-        ``store`` the question and its answer become a memory, too. ``mode``, ``only`` and ``neighbours``: see
-        :meth:`retrieve`. ``quality`` says what is put back: everything as it was computed elsewhere
-        (``"fast"``), with the first tenth of each moved memory computed in its place (``"balanced"``; the
-        first time with the same memories that takes a short request for each), or only what is bit-identical
-        to computing it (``"exact"``).
+        The memories' tokens are part of the prompt; what cannot be re-injected is computed. Longer texts
+        within ``query`` that are part of a memory, a document say, are put back, too. With ``store`` the
+        question and its answer become a memory. With ``top_k`` 0 nothing is searched; ``mode``, ``only`` and
+        ``neighbours``: see :meth:`retrieve`. ``quality`` says what is put back: everything as it was computed
+        elsewhere (``"fast"``), with the first tenth of each moved text computed in its place
+        (``"balanced"``; the first time with the same texts that takes a short request for each), or only what
+        is bit-identical to computing it (``"exact"``).
         """
         if quality not in get_args(Quality):
             raise ConfigError(f'quality must be "fast", "balanced" or "exact", got {quality!r}')
         started = time.perf_counter()
-        memories = self.retrieve(query, top_k, mode, only=only, neighbours=neighbours)
+        memories = self.retrieve(query, top_k, mode, only=only, neighbours=neighbours) if top_k else []
+        self._manager.catch_up()
         self._manager.ensure_prefix(self.scope, self._system_prompt)
         manager = self._manager
         by_id = {memory.id: memory for memory in memories}
@@ -173,7 +176,7 @@ class AgentMemory:
             bare_prefix=manager.prompts.prefix(self._system_prompt),
         )
         manager.check_length(len(prompt.token_ids) + max_tokens, "the query with its answer")
-        prompt = manager.with_quality(prompt, self.scope, quality)
+        prompt = manager.placed(prompt, self.scope, self._reading, quality)
         searched_s = time.perf_counter() - started
         completion = manager.run(
             Call(
@@ -182,7 +185,7 @@ class AgentMemory:
                 temperature=temperature,
                 cache_salt=prompt.salt(self.scope),
                 options={
-                    "scope": scope_options(self.scope),
+                    "scope": self.scope.to_dict(),
                     "store": store,
                     "content_start": prompt.fresh_start,
                     "plan": prompt.options(),

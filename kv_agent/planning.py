@@ -21,12 +21,16 @@ class Placed(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPrompt:
-    """Token ids ``[prefix][memories in time order][fresh turn]`` and where each chunk stands."""
+    """Token ids ``[prefix][memories in time order][fresh turn]`` and where each chunk stands.
+
+    Chunks may stand within the fresh turn, too, up to ``known_end``.
+    """
 
     token_ids: tuple[int, ...]
     fresh_start: int
     placements: tuple[Placed, ...]
     turns: tuple[TurnRecord, ...]
+    known_end: int = 0
 
     def options(self) -> dict[str, Any]:
         """The plugin's ``plan`` field."""
@@ -34,7 +38,7 @@ class MemoryPrompt:
             "placements": [
                 {"chunk_id": one.key, "start": one.start, "skip": one.skip} for one in self.placements
             ],
-            "fresh_start": self.fresh_start,
+            "fresh_start": max(self.fresh_start, self.known_end),
         }
 
     def salt(self, scope: Scope) -> str:

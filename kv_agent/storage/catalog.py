@@ -21,6 +21,7 @@ from kv_agent.chunks import (
     EVERY_TURN,
     ChunkKey,
     ChunkRecord,
+    ContentKey,
     Fingerprint,
     IndexChange,
     Scope,
@@ -211,6 +212,21 @@ class Catalog:
     def child_lengths(self, parent: ChunkKey) -> tuple[int, ...]:
         """Distinct token counts, ascending, of the usable chunks computed right after ``parent``."""
         return tuple(length for (length,) in self._fetch_all(sql.CHILD_LENGTHS, (parent,)))
+
+    def same_text(
+        self, content_keys: Iterable[ContentKey], scope: Scope, fingerprint: Fingerprint
+    ) -> list[tuple[ChunkRecord, TurnId]]:
+        """Usable chunks with these tokens in turns that ``scope`` admits, newest first, with their turns."""
+        parameters = {
+            "content_keys": rows.json_list(content_keys),
+            "fingerprint": fingerprint,
+            "namespace": scope.namespace,
+            "user_id": scope.user_id,
+            "agent_id": scope.agent_id,
+            "session_id": scope.session_id,
+        }
+        found = self._fetch_all(sql.CHUNKS_BY_CONTENT, parameters)
+        return [(rows.chunk_from_row(row), TurnId(row[-1])) for row in found]
 
     def quarantine(self, key: ChunkKey, reason: str) -> None:
         """No longer offer a chunk, until a turn stores it anew; the first reason stays."""

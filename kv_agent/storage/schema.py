@@ -54,11 +54,17 @@ def m004_expiry(db: Database) -> None:
         db.execute(statement)
 
 
+def m005_content(db: Database) -> None:
+    """To find the chunks of a text wherever it stood."""
+    db.execute(_M005)
+
+
 MIGRATIONS: tuple[Callable[[Database], None], ...] = (
     m001_initial,
     m002_text_search,
     m003_sketches,
     m004_expiry,
+    m005_content,
 )
 
 _USES_FTS5 = "SELECT fts5_source_id()"
@@ -245,6 +251,7 @@ _M004 = (
     "ALTER TABLE turns ADD COLUMN expires REAL",
     "CREATE INDEX turns_by_expiry ON turns (expires) WHERE expires IS NOT NULL",
 )
+_M005 = "CREATE INDEX chunks_by_content ON chunks (content_key)"
 _M002_TURNS = """
     SELECT t.turn_id, t.fingerprint, t.namespace, t.user_id, t.agent_id, t.session_id, t.text,
            (SELECT json_group_array(content_key) FROM (

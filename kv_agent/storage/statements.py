@@ -10,6 +10,21 @@ FINGERPRINT_DETAILS = "SELECT details FROM fingerprints WHERE fingerprint = ?"
 # Chunks
 CHUNKS_BY_KEY = f"SELECT {CHUNK_COLUMNS} FROM chunks WHERE key IN (SELECT value FROM json_each(?))"
 CHUNKS_AFTER = f"SELECT {CHUNK_COLUMNS} FROM chunks WHERE key > ? ORDER BY key LIMIT ?"
+# With the newest turn that a scope admits and that has the chunk as content.
+CHUNKS_BY_CONTENT = f"""
+    SELECT * FROM (
+        SELECT {CHUNK_COLUMNS}, (
+            SELECT t.turn_id FROM turn_chunks tc JOIN turns t ON t.turn_id = tc.turn_id
+            WHERE tc.chunk_key = key AND tc.role = 'content'
+                AND (:agent_id IS NULL OR t.agent_id = :agent_id)
+                AND (:session_id IS NULL OR t.session_id = :session_id)
+            ORDER BY t.created DESC, t.turn_id LIMIT 1) AS owner
+        FROM chunks
+        WHERE content_key IN (SELECT value FROM json_each(:content_keys)) AND fingerprint = :fingerprint
+            AND namespace = :namespace AND user_id = :user_id AND quarantine_reason IS NULL
+        ORDER BY created DESC, key)
+    WHERE owner IS NOT NULL
+"""
 CHUNK_STATES = """
     SELECT key, quarantine_reason IS NOT NULL, blob FROM chunks
     WHERE key IN (SELECT value FROM json_each(?))

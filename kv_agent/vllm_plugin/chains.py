@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from kv_agent.chunking import cut_lengths
 from kv_agent.chunks import ChunkKey, Fingerprint, chain_key, content_key
 from kv_agent.vllm_plugin.jobs import Segment
 
@@ -85,8 +86,9 @@ def cut_segments(
 ) -> tuple[Segment, ...]:
     """Cut tokens ``[start, end)`` behind ``context`` into chunks of at most ``chunk_tokens``."""
     segments = []
-    for first in range(start, end, chunk_tokens):
-        ids = tuple(token_ids[first : min(first + chunk_tokens, end)])
+    first = start
+    for length in cut_lengths(token_ids[start:end], chunk_tokens):
+        ids = tuple(token_ids[first : first + length])
         key = chain_key(context, ids)
         segments.append(
             Segment(
@@ -97,5 +99,5 @@ def cut_segments(
                 token_ids=ids,
             )
         )
-        context = key
+        context, first = key, first + length
     return tuple(segments)

@@ -28,7 +28,12 @@ from kv_agent.vllm_plugin.jobs import StepJobs, WorkerReport
 from kv_agent.vllm_plugin.paged_cache import PagedCache, PagedLayer
 from kv_agent.vllm_plugin.resolver import Resolver
 from kv_agent.vllm_plugin.scheduler import SchedulerSide
-from kv_agent.vllm_plugin.support import check_connector_config, check_rope_modules, check_supported
+from kv_agent.vllm_plugin.support import (
+    check_connector_config,
+    check_rope_modules,
+    check_supported,
+    trained_window,
+)
 from kv_agent.vllm_plugin.text import TurnDecoder
 from kv_agent.vllm_plugin.worker import WorkerSide
 
@@ -94,7 +99,8 @@ class KVAgentConnector(KVConnectorBase_V1):
                 f"this store's memories of this model are found by the keys of layers {known}, not {pooled}; "
                 f"set pooled_layers to {known} or use another store"
             )
-        self._resolver = Resolver(self._store.catalog, fingerprint)
+        window = trained_window(self._vllm_config.model_config)
+        self._resolver = Resolver(self._store.catalog, fingerprint, window)
         self._scheduler = SchedulerSide(
             self._config,
             fingerprint,

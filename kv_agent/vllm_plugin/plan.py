@@ -33,6 +33,7 @@ class Refusal(StrEnum):
     NO_SALT = "request has no cache_salt while prefix caching is on"
     LORA = "request uses a LoRA adapter"
     MULTIMODAL = "request has multimodal or embedded input"
+    WINDOW = "a moved chunk would stand, or was computed, beyond the positions the model was trained on"
     FRESH_TURN = "chunk reaches into the fresh turn"
     OVERLAP = "chunk overlaps the one before"
     SKIPPED = "nothing of the chunk is left"
@@ -116,6 +117,25 @@ class CheckedPlan:
                 return None
         return context, end
 
+    def holding(self, start: int, end: int) -> tuple[PlacedChunk, ...]:
+        """The chunks that together hold tokens ``[start, end)``, each of them whole; none if they do not.
+
+        Where tokens of a chunk were left out, those before it must hold them: it replaces them.
+        """
+        held: list[PlacedChunk] = []
+        reached = start
+        for chunk in self.placed:
+            if chunk.start < start or chunk.end > end:
+                continue
+            missing = chunk.skip
+            while held and missing > 0:
+                missing -= held.pop().record.num_tokens
+            if chunk.start != reached or missing:
+                return ()
+            held.append(chunk)
+            reached = chunk.end
+        return tuple(held) if reached == end else ()
+
     def without(self, key: ChunkKey, start: int, reason: str) -> CheckedPlan:
         """The plan cut before the chunk that failed at ``start``: what follows is computed."""
         gone = [chunk for chunk in self.placed if chunk.end > start]
@@ -144,12 +164,14 @@ def check_plan(
     prompt_token_ids: Sequence[int],
     scope: Scope,
     fingerprint: Fingerprint,
+    window: int,
 ) -> CheckedPlan:
     """Keep the placements whose scope, fingerprint, tokens and position hold; label exact ones.
 
     A chunk is *exact* when it stands at its own position behind its own context, all of it computed
-    or exact: then its KV is bit-identical to computing it. Everything else is *adapted*. Text between
-    placements counts as computed in the context before it.
+    or exact: then its KV is bit-identical to computing it. Everything else is *adapted*, and must lie within
+    the ``window`` of positions that the model was trained on. Text between placements counts as computed in
+    the context before it.
     """
     root = root_key(fingerprint, scope.namespace, scope.user_id)
     last = min(options.fresh_start, len(prompt_token_ids) - 1)  # at least one token is computed
@@ -162,9 +184,14 @@ def check_plan(
         if record is None or reason is not None:
             refused.append(Refused(chunk_id=placement.chunk_id, reason=reason or Refusal.UNKNOWN))
             continue
+        before = context
         if placement.start > end:
-            context = chain_key(context, prompt_token_ids[end : placement.start])
-        exact = placement.skip == 0 and record.parent == context and record.start == placement.start
+            before = chain_key(context, prompt_token_ids[end : placement.start])
+        exact = placement.skip == 0 and record.parent == before and record.start == placement.start
+        if not exact and max(placement.start - placement.skip, record.start) + record.num_tokens > window:
+            refused.append(Refused(chunk_id=placement.chunk_id, reason=Refusal.WINDOW))
+            continue
+        context = before
         after = record.key if exact else adapted_key(context, record.key, placement.skip)
         placed.append(
             PlacedChunk(

@@ -33,11 +33,15 @@ class Resolved:
 
 
 class Resolver:
-    """Resolves requests in the background; a failed look-up refuses the plan, never the request."""
+    """Resolves requests in the background; a failed look-up refuses the plan, never the request.
 
-    def __init__(self, catalog: ChunkCatalog, fingerprint: Fingerprint) -> None:
+    ``window``: positions that the model was trained on.
+    """
+
+    def __init__(self, catalog: ChunkCatalog, fingerprint: Fingerprint, window: int) -> None:
         self._catalog = catalog
         self._fingerprint = fingerprint
+        self._window = window
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kv-agent-resolver")
 
     def submit(
@@ -58,7 +62,8 @@ class Resolver:
             plan = CheckedPlan(root=root)
             if options is not None:
                 keys = [ChunkKey(p.chunk_id) for p in options.placements]
-                plan = check_plan(options, self._catalog.chunks(keys), token_ids, scope, self._fingerprint)
+                records = self._catalog.chunks(keys)
+                plan = check_plan(options, records, token_ids, scope, self._fingerprint, self._window)
             if find_stored:
                 self._find_stored(known, root, token_ids, 0)
                 if plan.placed:

@@ -324,6 +324,7 @@ class SchedulerSide:
         if self._obstacle(request, options) is not None or base is None:
             return None
         context, start = base
+        base_end = start
         tokens = request.all_token_ids
         end = min(request.num_computed_tokens, len(tokens) - 1)  # the last sampled token has no KV
         known = walk(context, tokens[:end], start, self._lengths_of(state), self._exists(state))
@@ -341,6 +342,7 @@ class SchedulerSide:
         context = before[-1].key if before else context
         content = cut_segments(context, tokens, split, end, cut, self._fingerprint)
         stored = tuple(chunk for chunk in known if chunk.start >= first and not options.part_of)
+        held = self._held(state, tokens, first, base_end)
         if not content and not stored and not before:
             return None  # all of it is stored already
         created = self._clock()
@@ -353,8 +355,8 @@ class SchedulerSide:
             context=before,
             content=content,
             content_keys=tuple(map(ChunkKey, options.part_of))
-            or tuple(c.key for c in stored) + tuple(s.key for s in content),
-            content_tokens=tuple(tokens[min([c.start for c in stored] + [split]) : end]),
+            or (*held, *(c.key for c in stored), *(s.key for s in content)),
+            content_tokens=tuple(tokens[first if held else min([c.start for c in stored] + [split]) : end]),
             created=created,
             metadata=options.metadata,
             expires=None if options.ttl_s is None else created + options.ttl_s,
@@ -364,6 +366,14 @@ class SchedulerSide:
             self._pending.add(segment.parent, segment.key, len(segment.token_ids))
         self._pending_keys[job.turn_id] = tuple(segment.key for segment in job.segments)
         return job
+
+    def _held(self, state: _State, tokens: Sequence[int], first: int, end: int) -> tuple[ChunkKey, ...]:
+        """Placed chunks that are the turn's own content ``[first, end)``, if they are all of it."""
+        if state.options.part_of or first >= end:
+            return ()
+        held = state.plan.holding(first, end)
+        said = tuple(token for chunk in held for token in chunk.record.token_ids)
+        return tuple(chunk.record.key for chunk in held) if said == tuple(tokens[first:end]) else ()
 
     def _lengths_of(self, state: _State) -> Callable[[ChunkKey], list[int]]:
         return lambda parent: [*state.known.lengths(parent), *self._pending.lengths(parent)]

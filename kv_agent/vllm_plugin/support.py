@@ -77,6 +77,11 @@ def _problem(vllm_config: Any, kv_cache_config: Any) -> str | None:
     return None
 
 
+def trained_window(model_config: Any) -> int:
+    """Positions that the model was trained on, which vLLM can be told to exceed."""
+    return int(getattr(model_config.hf_text_config, "max_position_embeddings", model_config.max_model_len))
+
+
 def check_rope_modules(modules: list[Any]) -> Any:
     """The one rotary embedding that all layers share; raises when there is none or several."""
     if len(modules) != 1:

@@ -26,7 +26,7 @@ from tests.engine import support
 class FirstLife:
     """What an engine stored and answered before it was shut down."""
 
-    conversation: tuple[int, ...]  # the first turn's prompt and answer, then a new question
+    conversation: tuple[int, ...]  # two turns, the second one's answer, then a new question
     chunks: list[ChunkRecord]
     local_hit: Completion  # the question on top of vLLM's own prefix cache
     resumed: Completion  # the same with all stored chunks injected
@@ -63,10 +63,11 @@ def catalog(store_dir: Path) -> Iterator[Catalog]:
 def first_life(store_dir: Path, catalog: Catalog) -> FirstLife:
     engine = support.open_engine(store_dir)
     try:
-        # With 24 answer tokens 153 have KV: vLLM's own hit ends at 128, where a chunk ends, too.
+        # With 24 answer tokens 153 have KV: vLLM's own hit ends at 128, where the first turn ends, too.
         prompt = support.encode(engine, support.STORY)[:130]
+        chunks = support.capture(engine, catalog, prompt[:128])
         turn = support.run(engine, prompt, scope=support.scope())
-        chunks = support.wait_stored(catalog, turn.turn_id)
+        chunks += support.wait_stored(catalog, turn.turn_id)
         conversation = prompt + turn.token_ids + support.encode(engine, support.QUESTION)
         local_hit = support.run(engine, conversation)
         aligned = [chunk for chunk in chunks if chunk.start + chunk.num_tokens <= local_hit.reuse.local]

@@ -25,7 +25,7 @@ _STORIES = REPOSITORY.parent / "shared" / "models" / "stories260K-hd32"
 EXACTNESS_MODEL = _STORIES if _STORIES.is_dir() else RECALL_MODEL
 
 BLOCK = 32
-CHUNK = 64
+CHUNK = 256  # turns of up to 64 tokens are one chunk
 HOST_BYTES = 8 << 20  # small enough that tests can push a chunk out of host memory
 
 ENGINE_OPTIONS: dict[str, Any] = {

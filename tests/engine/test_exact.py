@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from kv_agent.chunking import cut_lengths
 from kv_agent.engines.vllm_local import VllmEngine
 from kv_agent.storage.catalog import Catalog
 from tests.engine import support
@@ -42,7 +43,9 @@ def test_all_chunks_but_the_last_token_are_stored(first_life: FirstLife) -> None
 
     # The last sampled token was never fed back, so it has no KV; behind it stands the question.
     assert stored == first_life.conversation[: len(stored)]
-    assert all(chunk.num_tokens == support.CHUNK for chunk in first_life.chunks[:-1])
+    turns = (stored[:128], stored[128:])
+    lengths = [length for turn in turns for length in cut_lengths(turn, support.CHUNK)]
+    assert [chunk.num_tokens for chunk in first_life.chunks] == lengths
 
 
 def test_the_same_plan_again_hits_the_local_cache_and_says_so(

@@ -1,6 +1,8 @@
-"""Links against the engine's own check of a plan: all of it is placed, and the links are exact."""
+"""What stays together when it is moved, and what is exact by the engine's own check of a plan."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,9 +11,9 @@ from kv_agent.chunks import ChunkKey, ChunkRecord, TurnId, TurnRecord
 from kv_agent.config import PlanOptions, parse
 from kv_agent.planning import MemoryPrompt, build_prompt
 from kv_agent.prompting import FreshTurn
-from kv_agent.repair import Ladder, exact_only, ladder_of, link_tokens
+from kv_agent.repair import exact_only, stretches_of
 from kv_agent.vllm_plugin.plan import CheckedPlan, check_plan
-from tests.unit.vllm_plugin.builders import FINGERPRINT, ROOT, SCOPE, chain, record
+from tests.unit.vllm_plugin.builders import FINGERPRINT, ROOT, SCOPE, WINDOW, chain, record
 
 FRESH = FreshTurn(token_ids=(7, 8, 9), start=0, end=3)
 
@@ -50,50 +52,24 @@ def prompts(draw: st.DrawFn) -> tuple[MemoryPrompt, Chunks]:
 
 def checked(prompt: MemoryPrompt, chunks: Chunks) -> CheckedPlan:
     options = parse(PlanOptions, prompt.options(), "plan")
-    return check_plan(options, chunks, prompt.token_ids, SCOPE, FINGERPRINT)
-
-
-def climbed(ladder: Ladder, chunks: Chunks) -> Chunks:
-    """The chunks with those that the rungs leave behind, each below what the engine would compute."""
-    known = dict(chunks)
-    for rung in ladder.rungs:
-        plan = checked(rung.prompt, known)
-        assert plan.refused == ()
-        assert plan.reach(0) == rung.prompt.fresh_start
-        base = plan.base(rung.prompt.fresh_start)
-        assert base is not None
-        context, start = base
-        link = record(rung.prompt.token_ids[start:], parent=context, start=start)
-        assert link.key == rung.key
-        known[link.key] = link
-    return known
+    return check_plan(options, chunks, prompt.token_ids, SCOPE, FINGERPRINT, WINDOW)
 
 
 @given(case=prompts())
-@settings(max_examples=150, deadline=None)
-def test_a_ladder_leads_to_a_plan_that_holds_and_whose_links_are_exact(
+@settings(max_examples=80, deadline=None)
+def test_stretches_are_the_placements_and_what_went_on_stays_together(
     case: tuple[MemoryPrompt, Chunks],
 ) -> None:
     prompt, chunks = case
-    ladder = ladder_of(prompt, chunks, ROOT)
-    assert ladder.prompt.token_ids == prompt.token_ids
-    assert ladder.prompt.fresh_start == prompt.fresh_start
-    plan = checked(ladder.prompt, climbed(ladder, chunks))
-    assert plan.refused == ()
-    assert plan.reach(0) == prompt.fresh_start
-    links = {rung.key for rung in ladder.rungs}
-    assert all(one.exact for one in plan.placed if one.record.key in links)
-
-    # Every moved memory that is long enough has one, the others none.
-    before = checked(prompt, chunks)
-    moved = {one.record.key for one in before.placed if not one.exact}
-    expected = [
-        turn
-        for turn in prompt.turns
-        if turn.chunk_keys[0] in moved and chunks[turn.chunk_keys[0]].num_tokens > link_tokens(turn) > 0
-    ]
-    assert [rung.turn for rung in ladder.rungs] == expected
-    assert sum(map(link_tokens, expected)) <= sum(turn.num_tokens for turn in prompt.turns) / 10
+    stretches = stretches_of(prompt, chunks)
+    assert [one for stretch in stretches for one in stretch.placed] == list(prompt.placements)
+    assert all(one.link_tokens <= (one.end - one.start) / 10 for one in stretches)
+    assert all(one.link_tokens < one.records[0].num_tokens for one in stretches)
+    starts = {turn.chunk_keys[0] for turn in prompt.turns}
+    for stretch in stretches:
+        keys = [one.key for one in stretch.placed]
+        assert all(a.key == b.parent for a, b in pairwise(stretch.records))
+        assert not starts & set(keys[1:]) or stretch.is_exact(ROOT)
 
 
 @given(case=prompts())
@@ -109,9 +85,8 @@ def test_only_what_stands_where_it_was_computed_is_left_of_an_exact_plan(
     assert not rest or not rest[0].exact
 
 
-def test_a_prompt_whose_prefix_is_computed_stays_as_it_is() -> None:
+def test_behind_a_computed_prefix_nothing_is_exact() -> None:
     chunks: Chunks = {}
     turn = remembered(0, [50], chunks, ChunkKey("elsewhere"), 9)
     prompt = build_prompt([], [turn], chunks, FRESH, max_prompt_tokens=200, bare_prefix=(1, 2))
-    assert ladder_of(prompt, chunks, ROOT) == Ladder(prompt=prompt, rungs=())
     assert exact_only(prompt, chunks, ROOT).placements == ()

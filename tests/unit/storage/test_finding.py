@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kv_agent.chunks import Scope, TurnFilter, TurnId
+from kv_agent.chunks import Fingerprint, Scope, TurnFilter, TurnId
 from kv_agent.storage.catalog import Catalog
 from kv_agent.storage.schema import MIGRATIONS
 from tests.unit.storage.builders import chain, record_of, turn_of
@@ -90,3 +90,36 @@ def test_filtered_turns_lie_in_scope(catalog: Catalog) -> None:
     assert catalog.turn_ids(Scope(user_id="me"), TurnFilter(since=1.0)) == {"turn 1"}
     assert catalog.turn_ids(mine, TurnFilter(metadata={"source": "test", "ok": True})) == {"turn 0"}
     assert catalog.turn_ids(mine, TurnFilter(metadata={'quote"d': 1, "$.x": "'"})) == frozenset()
+
+
+def test_the_same_text_is_found_in_turns_of_the_scope_newest_first(catalog: Catalog) -> None:
+    here, there = Scope(session_id="here"), Scope(session_id="there")
+    one = record_of(chain(3)[0])
+    catalog.add_turn(turn_of([one], "old", here, 1.0), [], [one], {})
+    before = record_of(chain(2, seed=5)[0])
+    same = dataclasses.replace(
+        record_of(chain(3, parent=before.key)[0]), content_key=one.content_key, start=before.num_tokens
+    )
+    catalog.add_turn(turn_of([before, same], "new", there, 2.0), [], [before, same], {})
+    stranger = Scope(user_id="stranger")
+    keys = [one.content_key]
+
+    def found(scope: Scope) -> list[tuple[str, str]]:
+        return [(record.key, turn_id) for record, turn_id in catalog.same_text(keys, scope, one.fingerprint)]
+
+    assert sorted(found(Scope())) == sorted([(same.key, "new"), (one.key, "old")])
+    assert found(here) == [(one.key, "old")]
+    assert found(stranger) == []
+    assert catalog.same_text([], Scope(), one.fingerprint) == []
+    assert catalog.same_text(keys, Scope(), Fingerprint("other")) == []
+
+    catalog.quarantine(one.key, "checksum")
+    assert found(Scope()) == [(same.key, "new")]
+    catalog.forget([TurnId("new")])
+    assert found(Scope()) == []
+
+
+def test_text_that_only_precedes_a_turn_is_not_found(catalog: Catalog) -> None:
+    context, content = (record_of(chunk) for chunk in chain(3, 2))
+    catalog.add_turn(turn_of([content]), [context], [content], {})
+    assert catalog.same_text([context.content_key], Scope(), context.fingerprint) == []

@@ -21,6 +21,7 @@ from kv_agent.errors import StorageError
 FINGERPRINT = Fingerprint("fp-1")
 SCOPE = Scope(namespace="team", user_id="ann")
 ROOT = root_key(FINGERPRINT, SCOPE.namespace, SCOPE.user_id)
+WINDOW = 100_000  # positions
 
 
 def record(

@@ -12,6 +12,7 @@ from kv_agent.vllm_plugin.plan import CheckedPlan, check_plan
 from tests.unit.vllm_plugin.builders import (
     FINGERPRINT,
     SCOPE,
+    WINDOW,
     plan_options,
     tokens_of,
 )
@@ -25,8 +26,9 @@ def check(
     prompt: tuple[int, ...],
     scope: Scope = SCOPE,
     fingerprint: Fingerprint = FINGERPRINT,
+    window: int = WINDOW,
 ) -> CheckedPlan:
-    return check_plan(options, {one.key: one for one in records}, prompt, scope, fingerprint)
+    return check_plan(options, {one.key: one for one in records}, prompt, scope, fingerprint, window)
 
 
 def check_in_a_row(*records: ChunkRecord) -> CheckedPlan:

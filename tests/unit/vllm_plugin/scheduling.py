@@ -13,7 +13,14 @@ from kv_agent.config import PlanOptions, PluginConfig
 from kv_agent.vllm_plugin.jobs import CaptureJob, LoadFailure, LoadJob, StepJobs, WorkerReport
 from kv_agent.vllm_plugin.resolver import Resolved, Resolver
 from kv_agent.vllm_plugin.scheduler import SchedulerSide
-from tests.unit.vllm_plugin.builders import FINGERPRINT, SCOPE, FakeCatalog, plan_options, tokens_of
+from tests.unit.vllm_plugin.builders import (
+    FINGERPRINT,
+    SCOPE,
+    WINDOW,
+    FakeCatalog,
+    plan_options,
+    tokens_of,
+)
 
 BLOCK = 4
 CHUNK = 4
@@ -121,7 +128,7 @@ class Desk:
         self, catalog: FakeCatalog, *, prefix_caching: bool = True, chunk_tokens: int = CHUNK
     ) -> None:
         self.catalog = catalog
-        self.resolver = WatchedResolver(catalog, FINGERPRINT)
+        self.resolver = WatchedResolver(catalog, FINGERPRINT, WINDOW)
         self.side = SchedulerSide(
             PluginConfig(chunk_tokens=chunk_tokens),
             FINGERPRINT,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kv_agent.chunking import cut_lengths
 from kv_agent.chunks import ChunkKey, chain_key, content_key
 from kv_agent.vllm_plugin.chains import ChainIndex, cut_segments, walk
 from tests.unit.vllm_plugin.builders import FINGERPRINT, ROOT
@@ -130,8 +131,7 @@ def test_segments_are_the_tokens_cut_behind_each_other(
     segments = cut_segments(context, tokens, start, end, chunk_tokens, FINGERPRINT)
 
     assert [token for one in segments for token in one.token_ids] == tokens[start:end]
-    assert all(len(one.token_ids) == chunk_tokens for one in segments[:-1])
-    assert all(1 <= len(one.token_ids) <= chunk_tokens for one in segments)
+    assert [len(one.token_ids) for one in segments] == cut_lengths(tokens[start:end], chunk_tokens)
     for one in segments:
         assert (one.parent, one.start) == (context, start)
         assert one.key == chain_key(context, one.token_ids)

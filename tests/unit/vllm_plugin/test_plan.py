@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from kv_agent.chunks import (
+    ChunkKey,
     Fingerprint,
     Scope,
     adapted_key,
@@ -22,6 +23,7 @@ from tests.unit.vllm_plugin.builders import (
     chain,
     plan_options,
     record,
+    tokens_of,
 )
 from tests.unit.vllm_plugin.plans import FRESH, check, check_in_a_row, reasons
 
@@ -222,3 +224,34 @@ def test_contexts_of_different_users_differ() -> None:
     plan = check(plan_options((hers, 0), fresh_start=2), hers, prompt=(1, 2, *FRESH), scope=eve)
     assert [chunk.exact for chunk in plan.placed] == [True]
     assert plan.root == hers.parent != ROOT
+
+
+@pytest.mark.parametrize(
+    ("start", "skip", "computed_at", "is_refused"),
+    [
+        (36, 0, 0, False),
+        (37, 0, 0, True),
+        (39, 3, 0, False),
+        (40, 3, 0, True),
+        (0, 0, 36, False),
+        (0, 0, 37, True),
+    ],
+)
+def test_moved_chunks_must_lie_and_have_lain_within_the_window(
+    start: int, skip: int, computed_at: int, is_refused: bool
+) -> None:
+    moved = record(range(4), parent=ChunkKey("elsewhere"), start=computed_at)
+    prompt = (*[50] * start, *moved.token_ids[skip:], 90)
+    options = plan_options((moved, start, skip), fresh_start=len(prompt) - 1)
+    plan = check(options, moved, prompt=prompt, window=40)
+    assert reasons(plan) == ({moved.key: Refusal.WINDOW} if is_refused else {})
+
+
+def test_exact_chunks_and_what_stands_behind_a_refused_one_are_judged_as_ever() -> None:
+    one, other = chain(range(8), range(8, 12))
+    moved = record(range(20, 24), start=3)
+    prompt = tokens_of([one, other, moved]) + FRESH
+    options = plan_options((one, 0), (other, 8), (moved, 12), fresh_start=16)
+    plan = check(options, one, other, moved, prompt=prompt, window=10)
+    assert reasons(plan) == {moved.key: Refusal.WINDOW}
+    assert [chunk.exact for chunk in plan.placed] == [True, True]

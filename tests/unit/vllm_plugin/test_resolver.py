@@ -15,6 +15,7 @@ from tests.unit.vllm_plugin.builders import (
     FINGERPRINT,
     ROOT,
     SCOPE,
+    WINDOW,
     FakeCatalog,
     chain,
     plan_options,
@@ -27,7 +28,7 @@ FRESH = (90, 91, 92)
 
 @pytest.fixture
 def resolver(catalog: FakeCatalog) -> Iterator[Resolver]:
-    resolver = Resolver(catalog, FINGERPRINT)
+    resolver = Resolver(catalog, FINGERPRINT, WINDOW)
     yield resolver
     catalog.gate.set()
     resolver.close()
@@ -136,7 +137,7 @@ def test_tokens_changed_after_asking_do_not_change_the_answer(
 
 
 def test_closing_drops_look_ups_that_have_not_begun(catalog: FakeCatalog) -> None:
-    resolver = Resolver(catalog, FINGERPRINT)
+    resolver = Resolver(catalog, FINGERPRINT, WINDOW)
     catalog.gate.clear()
     options = plan_options((record([1]), 0), fresh_start=1)
     begun, waiting = (resolver.submit((1, 2), SCOPE, options, find_stored=False) for _ in range(2))

@@ -13,6 +13,7 @@ from kv_agent.vllm_plugin.support import (
     check_connector_config,
     check_rope_modules,
     check_supported,
+    trained_window,
 )
 
 
@@ -150,3 +151,10 @@ def test_one_known_rotary_embedding_is_served(name: str) -> None:
 def test_no_several_or_unknown_rotary_embeddings_are_refused(names: list[str], problem: str) -> None:
     with pytest.raises(UnsupportedModelError, match=f"{problem}.*start vLLM without kv_agent"):
         check_rope_modules([rotary(name) for name in names])
+
+
+def test_the_window_is_what_the_model_was_trained_on_not_what_vllm_was_told() -> None:
+    trained = SimpleNamespace(hf_text_config=SimpleNamespace(max_position_embeddings=512), max_model_len=2048)
+    silent = SimpleNamespace(hf_text_config=SimpleNamespace(), max_model_len=2048)
+    assert trained_window(trained) == 512
+    assert trained_window(silent) == 2048
