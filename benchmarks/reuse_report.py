@@ -1,4 +1,4 @@
-"""Table and plot of what ``benchmarks/reuse_quality.py`` measured.
+"""Tables and plot of what ``benchmarks/reuse_quality.py`` and ``reuse_product.py`` measured.
 
     python -m benchmarks.reuse_report results.jsonl --plot docs/reuse.png
 
@@ -9,70 +9,129 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-SETTING = ("model", "task", "memories", "system", "before", "shuffled", "chunk_tokens", "cases")
+from benchmarks.reuse.settings import Setting
+
 COLUMNS = {
     "right": "right",
     "same_answer": "same answer",
     "agreed": "greedy tokens agreed",
     "logprob_difference": "logprob difference",
     "kl": "KL, nats",
-    "computed": "memory tokens computed",
+    "repaired": "memory tokens computed",
 }
+PRODUCT_COLUMNS = {
+    "right": "right",
+    "same_answer": "same answer",
+    "exact": "prompt exact",
+    "adapted": "adapted",
+    "local": "local",
+    "computed": "computed",
+    "repaired_tokens": "memory tokens computed before",
+    "requests": "requests",
+    "requests_repeated": "repeated",
+    "ms": "ms to the first token",
+    "ms_repeated": "repeated",
+}
+_SHARES = {"repaired", "exact", "adapted", "local", "computed"}
 
 Row = dict[str, Any]
-Found = dict[tuple[Any, ...], dict[str, Row]]  # setting -> way -> row
+Rows = dict[str, Row]  # by way or quality
 
 
-def read(lines: Iterable[str]) -> Found:
-    found: Found = {}
-    for line in lines:
-        record: Row = json.loads(line)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """A model in one setting of ``reuse_quality``."""
+
+    model: str
+    setting: Setting
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Product:
+    """A model in one setting of ``reuse_product``."""
+
+    model: str
+    memories: int
+    cases: int
+    agents: int
+
+
+def read(lines: Iterable[str]) -> dict[Measured, Rows]:
+    """Lines of an older harness lack what was added since; it has its default there."""
+    found: dict[Measured, Rows] = {}
+    for record in map(json.loads, lines):
         if record["benchmark"] == "reuse_quality":
-            setting = tuple(record[name] for name in SETTING)
-            found.setdefault(setting, {})[record["way"]] = record | {"computed": _computed_share(record)}
+            values = {field.name: record[field.name] for field in fields(Setting) if field.name in record}
+            measured = Measured(model=record["model"], setting=Setting(**values))
+            row = record | {"repaired": _repaired_share(record)}
+            found.setdefault(measured, {})[record["way"]] = row
     return found
 
 
-def table(ways: dict[str, Row]) -> str:
-    """Ways in the order they were measured; a column that none of them has is left out."""
-    names = [name for name in COLUMNS if any(name in row for row in ways.values())]
-    rows = [["way", *(COLUMNS[name] for name in names)], ["---"] * (len(names) + 1)]
-    for way, row in ways.items():
-        rows.append([way, *(_cell(name, row) for name in names)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def read_product(lines: Iterable[str]) -> dict[Product, Rows]:
+    found: dict[Product, Rows] = {}
+    for record in map(json.loads, lines):
+        if record["benchmark"] == "reuse_product":
+            product = Product(**{field.name: record[field.name] for field in fields(Product)})
+            found.setdefault(product, {})[record["quality"]] = record
+    return found
 
 
-def title(setting: tuple[Any, ...]) -> str:
-    named = dict(zip(SETTING, setting, strict=True))
-    parts = [f"{named['model']}, {named['task']}: {named['memories']} memories, {named['cases']} cases"]
-    if named["system"]:
+def table(rows: Rows, columns: Mapping[str, str] = COLUMNS, first: str = "way") -> str:
+    """Rows in the order they were measured; a column that none of them has is left out."""
+    names = [name for name in columns if any(name in row for row in rows.values())]
+    cells = [[first, *(columns[name] for name in names)], ["---"] * (len(names) + 1)]
+    for way, row in rows.items():
+        cells.append([way, *(_cell(name, row) for name in names)])
+    return "\n".join(f"| {' | '.join(each)} |" for each in cells)
+
+
+def title(measured: Measured) -> str:
+    setting = measured.setting
+    parts = [f"{measured.model}, {setting.task}: {setting.memories} memories, {setting.cases} cases"]
+    if setting.system:
         parts.append("a system prompt")
-    if named["before"]:
-        parts.append(f"computed behind {named['before']} turns")
-    if named["shuffled"]:
+    if setting.before_tokens:
+        parts.append(f"computed behind {setting.before_tokens} tokens")
+    if setting.filler_tokens:
+        parts.append(f"put back behind {setting.filler_tokens} other tokens")
+    if setting.shuffled:
         parts.append("in any order")
-    if named["chunk_tokens"] != 256:
-        parts.append(f"chunks of {named['chunk_tokens']} tokens")
+    if setting.facts_per_memory != 1:
+        parts.append(f"{setting.facts_per_memory} facts each")
+    if setting.story_tokens != 48:
+        parts.append(f"{setting.story_tokens} tokens each")
+    if setting.chunk_tokens != 256:
+        parts.append(f"chunks of {setting.chunk_tokens} tokens")
     return ", ".join(parts)
 
 
-def plot(found: Found, path: Path) -> None:
+def product_title(product: Product) -> str:
+    return (
+        f"{product.model}, AgentMemory: {product.memories} memories of {product.agents} other agents, "
+        f"{product.cases} cases"
+    )
+
+
+def plot(found: Mapping[Measured, Rows], path: Path) -> None:
     """Share of answers, or of greedy tokens, that stay the same, by number of memories."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained")
-    tasks = list(dict.fromkeys((setting[0], setting[1]) for setting in found))
+    plain = {one: rows for one, rows in found.items() if one.setting == _plain(one.setting)}
+    tasks = list(dict.fromkeys((one.model, one.setting.task) for one in plain))
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        plain = {s: ways for s, ways in found.items() if s[:2] == task and not any(s[3:6])}
-        for way in dict.fromkeys(way for ways in plain.values() for way in ways):
+        of_task = {one: rows for one, rows in plain.items() if (one.model, one.setting.task) == task}
+        for way in dict.fromkeys(way for rows in of_task.values() for way in rows):
             points = sorted(
-                (setting[2], ways[way].get("same_answer", ways[way]["agreed"]))
-                for setting, ways in plain.items()
-                if way in ways
+                (one.setting.memories, rows[way].get("same_answer", rows[way]["agreed"]))
+                for one, rows in of_task.items()
+                if way in rows
             )
             axes.plot(*zip(*points, strict=True), "o-", label=way)
         axes.set(xlabel="memories", ylabel="unchanged", title=", ".join(task), ylim=(0, 1.02), xscale="log")
@@ -81,7 +140,11 @@ def plot(found: Found, path: Path) -> None:
     figure.savefig(path, dpi=90)
 
 
-def _computed_share(record: Row) -> float:
+def _plain(setting: Setting) -> Setting:
+    return Setting(task=setting.task, memories=setting.memories, cases=setting.cases)
+
+
+def _repaired_share(record: Row) -> float:
     if not record["exact_tokens"] and not record["adapted_tokens"]:
         return 1.0
     return float(record["repaired_tokens"] / record["memory_tokens"])
@@ -90,7 +153,7 @@ def _computed_share(record: Row) -> float:
 def _cell(name: str, row: Row) -> str:
     if name not in row:
         return ""
-    return f"{row[name]:.0%}" if name == "computed" else f"{row[name]:.4g}"
+    return f"{row[name]:.0%}" if name in _SHARES else f"{row[name]:.4g}"
 
 
 def main() -> None:
@@ -98,9 +161,12 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
-    found = read(args.results.read_text(encoding="utf-8").splitlines())
-    for setting, ways in found.items():
-        print(f"{title(setting)}\n\n{table(ways)}\n")
+    lines = args.results.read_text(encoding="utf-8").splitlines()
+    found = read(lines)
+    for measured, rows in found.items():
+        print(f"{title(measured)}\n\n{table(rows)}\n")
+    for product, rows in read_product(lines).items():
+        print(f"{product_title(product)}\n\n{table(rows, PRODUCT_COLUMNS, 'quality')}\n")
     if args.plot:
         plot(found, args.plot)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from kv_agent.storage.catalog import Catalog
 
 _TIMEOUT_S = 60.0
 _USER = "lab"
+DTYPE = "float32"
+KV_CODEC = f"raw {DTYPE}"  # the store keeps KV as the engine has it; it has no other codec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +42,27 @@ class Plan:
         }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capture:
+    """Compute ``tokens`` behind what the plan puts back, and keep those from ``content_start`` on."""
+
+    tokens: Tokens
+    content_start: int
+    plan: Plan
+
+    def call(self) -> Call:
+        options = self.plan.options(self.content_start) | {"scope": {"user_id": _USER}, "store": True}
+        return Call(
+            token_ids=self.tokens,
+            max_tokens=1,
+            options=options | {"content_start": self.content_start},
+            cache_salt=self.plan.salt or None,
+        )
+
+
+Steps = Generator[Capture, list[ChunkRecord], Plan]
+
+
 @dataclass
 class Lab:
     """``top`` is the number of tokens whose log-probability comes back: the vocabulary."""
@@ -47,14 +70,14 @@ class Lab:
     engine: VllmEngine
     catalog: Catalog
     top: int
-    _chunks: dict[tuple[Tokens, Tokens], list[ChunkRecord]] = field(default_factory=dict)
+    _captured: dict[Capture, list[ChunkRecord]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, model: Path, store: Path, *, max_model_len: int, chunk_tokens: int, vocabulary: int) -> Lab:
         engine = VllmEngine(
             model,
             {"store": str(store), "chunk_tokens": chunk_tokens},
-            dtype="float32",
+            dtype=DTYPE,
             max_model_len=max_model_len,
             max_logprobs=vocabulary,
             seed=0,
@@ -70,41 +93,39 @@ class Lab:
         call = Call(token_ids=prompt, max_tokens=num_tokens, temperature=1.0, ignore_eos=True)
         return [(*prompt, *done.token_ids) for done in self.engine.run([call] * num)]
 
-    def stored(self, context: Tokens, memory: Tokens) -> list[ChunkRecord]:
-        """The chunks of ``memory``, computed behind ``context``; once for the same tokens."""
-        if (context, memory) not in self._chunks:
-            self._chunks[context, memory] = self.capture((*context, *memory), len(context), Plan(salt=""))
-        return self._chunks[context, memory]
+    def plans(self, ways: Iterable[Steps]) -> list[Plan]:
+        """What the ways come to, side by side: the captures they ask for next are computed as one batch."""
+        running = dict(enumerate(ways))
+        plans: dict[int, Plan] = {}
+        asked: dict[int, Capture] = {}
+        while running:
+            for number, steps in list(running.items()):
+                try:
+                    if number in asked:
+                        asked[number] = steps.send(self._captured[asked[number]])
+                    else:
+                        asked[number] = next(steps)
+                except StopIteration as done:
+                    plans[number] = done.value
+                    del running[number]
+            self._capture([asked[number] for number in running])
+        return [plans[number] for number in sorted(plans)]
 
-    def prefix(self, tokens: Tokens) -> list[ChunkRecord]:
-        """The chunks of what begins a prompt."""
-        return self.stored((), tokens) if tokens else []
-
-    def capture(self, tokens: Tokens, content_start: int, plan: Plan) -> list[ChunkRecord]:
-        """Compute ``tokens`` behind what the plan puts back, and keep those from ``content_start`` on."""
-        options = plan.options(content_start) | {"scope": {"user_id": _USER}, "store": True}
-        call = Call(
-            token_ids=tokens,
-            max_tokens=1,
-            options=options | {"content_start": content_start},
-            cache_salt=plan.salt or None,
+    def answers(
+        self, prompts: Sequence[tuple[Case, Plan]], max_tokens: int, *, with_logprobs: bool = False
+    ) -> list[Completion]:
+        return self.engine.run(
+            [
+                Call(
+                    token_ids=case.prompt,
+                    max_tokens=max_tokens,
+                    options=plan.options(len(case.prompt) - len(case.fresh)),
+                    cache_salt=plan.salt,
+                    logprobs=self.top if with_logprobs else None,
+                )
+                for case, plan in prompts
+            ]
         )
-        (done,) = self.engine.run([call])
-        turn_id = done.turn_id
-        assert turn_id is not None, "nothing was captured"
-        return self._wait(turn_id)
-
-    def answer(self, case: Case, plan: Plan, max_tokens: int, *, with_logprobs: bool = False) -> Completion:
-        fresh_start = len(case.prompt) - len(case.fresh)
-        call = Call(
-            token_ids=case.prompt,
-            max_tokens=max_tokens,
-            options=plan.options(fresh_start),
-            cache_salt=plan.salt,
-            logprobs=self.top if with_logprobs else None,
-        )
-        (done,) = self.engine.run([call])
-        return done
 
     def next_tokens(self, case: Case, plan: Plan) -> list[Mapping[int, float]]:
         """Log-probabilities of all tokens behind each token of the fresh turn."""
@@ -122,11 +143,17 @@ class Lab:
         ]
         return [done.logprobs[0] for done in self.engine.run(calls)]
 
-    def _wait(self, turn_id: TurnId) -> list[ChunkRecord]:
+    def _capture(self, wanted: Sequence[Capture]) -> None:
+        missing = [one for one in dict.fromkeys(wanted) if one not in self._captured]
+        turn_ids: list[TurnId] = []
+        for done in self.engine.run([one.call() for one in missing]):
+            assert done.turn_id is not None, "nothing was captured"
+            turn_ids.append(done.turn_id)
         deadline = time.monotonic() + _TIMEOUT_S
-        while not self.catalog.known_turns([turn_id]):
-            assert time.monotonic() < deadline, "the turn was not stored"
+        while len(self.catalog.known_turns(turn_ids)) < len(turn_ids):
+            assert time.monotonic() < deadline, "a turn was not stored"
             time.sleep(0.002)
-        keys: Sequence[ChunkKey] = self.catalog.turns([turn_id])[turn_id].chunk_keys
-        records = self.catalog.chunks(keys)
-        return [records[key] for key in keys]
+        turns = self.catalog.turns(turn_ids)
+        records = self.catalog.chunks([key for turn in turns.values() for key in turn.chunk_keys])
+        for one, turn_id in zip(missing, turn_ids, strict=True):
+            self._captured[one] = [records[key] for key in turns[turn_id].chunk_keys]

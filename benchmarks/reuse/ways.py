@@ -1,33 +1,39 @@
-"""Ways to get the KV of a prompt's memories: computed, put back as they are, or put back and repaired."""
+"""Ways to get the KV of a prompt's memories: computed, put back as they are, or put back and repaired.
+
+A way is a generator: it asks for one capture after the other, and returns where their chunks go.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import partial
 
 from benchmarks.reuse.cases import Case, Tokens
-from benchmarks.reuse.lab import Lab, Plan
-from kv_agent.chunks import ChunkKey
+from benchmarks.reuse.lab import Capture, Plan, Steps
+from kv_agent.chunks import ChunkKey, ChunkRecord
 
-Way = Callable[[Lab, Case], Plan]
+Way = Callable[[Case], Steps]
 
 
-def computed(lab: Lab, case: Case, *, again: bool = False) -> Plan:
+def computed(case: Case, *, again: bool = False) -> Steps:
     """Everything is computed; ``again`` under another salt, for the noise floor."""
+    yield from ()
     return Plan(salt=f"{case.name}/{'again' if again else 'full'}/{len(case.memories)}")
 
 
-def exact(lab: Lab, case: Case) -> Plan:
+def exact(case: Case) -> Steps:
     """The memories were computed as one conversation, and all of it is put back."""
-    memories = tuple(token for memory in case.memories for token in memory)
+    behind = case.prompt[len(case.prefix) : len(case.prompt) - len(case.fresh)]
+    first = yield from _stored((), case.prefix)
+    rest = yield from _stored(case.prefix, behind)
     position, placed = 0, []
-    for record in (*lab.prefix(case.prefix), *lab.stored(case.prefix, memories)):
+    for record in (*first, *rest):
         placed.append((record.key, position, 0))
         position += record.num_tokens
     return _plan("exact", placed)
 
 
-def adapted(lab: Lab, case: Case, *, link_tokens: int = 0, neutral: Tokens = ()) -> Plan:
+def adapted(case: Case, *, link_tokens: int = 0, neutral: Tokens = ()) -> Steps:
     """Each memory was computed apart.
 
     ``link_tokens`` first tokens of every moved memory are computed in their place. ``neutral`` stood before
@@ -36,17 +42,20 @@ def adapted(lab: Lab, case: Case, *, link_tokens: int = 0, neutral: Tokens = ())
     name = f"adapted/{link_tokens}/{len(neutral)}"
     placed: list[tuple[ChunkKey, int, int]] = []
     position = repaired = 0
-    for record in lab.prefix(case.prefix):
+    first = yield from _stored((), case.prefix)
+    filler = yield from _stored(case.prefix, case.filler)
+    for record in (*first, *filler):
         placed.append((record.key, position, 0))
         position += record.num_tokens
     for context, memory in zip(case.contexts, case.memories, strict=True):
         is_moved = position > len(case.prefix) or bool(context or neutral)
-        records = lab.stored((*case.prefix, *neutral, *context), memory)
+        records = yield from _stored((*case.prefix, *neutral, *context), memory)
         left_out = min(link_tokens, len(memory)) if is_moved else 0
         repaired += left_out
         if left_out:
             until = (*case.prompt[:position], *memory[:left_out])
-            for record in lab.capture(until, position, _plan(name, placed)):
+            link = yield Capture(tokens=until, content_start=position, plan=_plan(name, placed))
+            for record in link:
                 placed.append((record.key, position, 0))
                 position += record.num_tokens
         for record in records:
@@ -56,6 +65,13 @@ def adapted(lab: Lab, case: Case, *, link_tokens: int = 0, neutral: Tokens = ())
                 placed.append((record.key, position, skip))
                 position += record.num_tokens - skip
     return _plan(name, placed, repaired)
+
+
+def _stored(context: Tokens, tokens: Tokens) -> Generator[Capture, list[ChunkRecord], list[ChunkRecord]]:
+    """The chunks of ``tokens``, computed behind ``context``."""
+    if not tokens:
+        return []
+    return (yield Capture(tokens=(*context, *tokens), content_start=len(context), plan=Plan(salt="")))
 
 
 def _plan(name: str, placed: list[tuple[ChunkKey, int, int]], repaired: int = 0) -> Plan:
@@ -70,7 +86,7 @@ def ways(neutral: Tokens) -> dict[str, Way]:
         "exact": exact,
         "adapted": adapted,
     }
-    for link_tokens in (1, 4, 8, 16):
+    for link_tokens in (1, 2, 4, 8, 16):
         found[f"adapted, {link_tokens} link tokens"] = partial(adapted, link_tokens=link_tokens)
     if neutral:
         found["adapted, behind a neutral turn"] = partial(adapted, neutral=neutral)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from transformers import AutoConfig
@@ -11,6 +13,9 @@ from benchmarks.reuse.cases import recall_cases
 from benchmarks.reuse.lab import Lab
 from benchmarks.reuse.measures import divergence
 from benchmarks.reuse.ways import adapted, computed, exact, ways
+from benchmarks.reuse_product import Bench
+from benchmarks.reuse_product import measure as measure_product
+from kv_agent.engines.vllm_local import VllmEngine
 from kv_agent.prompting import ChatPrompts
 from tests.engine import support
 
@@ -33,33 +38,66 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 def test_exact_is_what_computing_is_and_links_come_nearer_to_it(lab: Lab) -> None:
     prompts = ChatPrompts(lab.engine.tokenizer)
     (case,) = recall_cases(prompts, 4, 1)
-    following = {
-        name: lab.next_tokens(case, way(lab, case)) for name, way in (("full", computed), ("exact", exact))
-    }
-    for one, other in zip(following["full"], following["exact"], strict=True):
+    full, same = (lab.next_tokens(case, plan) for plan in lab.plans([computed(case), exact(case)]))
+    for one, other in zip(full, same, strict=True):
         assert one == other
 
     apart = []
     for link_tokens in (0, 8):
-        plan = adapted(lab, case, link_tokens=link_tokens)
+        (plan,) = lab.plans([adapted(case, link_tokens=link_tokens)])
         moved = case.memories[1:]
         assert plan.repaired == sum(min(link_tokens, len(memory)) for memory in moved)
-        done = lab.answer(case, plan, 8)
+        (done,) = lab.answers([(case, plan)], 8)
         assert done.reuse.refused == ()
         assert done.reuse.adapted == sum(len(memory) for memory in moved) - plan.repaired
         assert done.reuse.exact == len(case.memories[0]) + plan.repaired
         found = lab.next_tokens(case, plan)
-        apart.append(sum(divergence(a, b) for a, b in zip(following["full"], found, strict=True)))
+        apart.append(sum(divergence(a, b) for a, b in zip(full, found, strict=True)))
     assert 0 < apart[1] < apart[0]
 
 
 def test_every_way_that_puts_back_puts_back_all_of_the_memories(lab: Lab) -> None:
     prompts = ChatPrompts(lab.engine.tokenizer)
-    (case,) = recall_cases(prompts, 3, 1, system_prompt="Be brief.")
+    (case,) = recall_cases(prompts, 3, 1, system_prompt="Be brief.", before_tokens=50, filler_tokens=40)
     length = len(case.prompt) - len(case.fresh)
     for name, way in ways(prompts.neutral).items():
-        plan = way(lab, case)
-        reuse = lab.answer(case, plan, 1).reuse
-        assert not reuse.refused, name
+        (plan,) = lab.plans([way(case)])
+        (done,) = lab.answers([(case, plan)], 1)
+        assert not done.reuse.refused, name
         if plan.placed:
-            assert reuse.exact + reuse.adapted == length, name
+            assert done.reuse.exact + done.reuse.adapted == length, name
+
+
+def test_cases_side_by_side_are_answered_as_one_by_one(lab: Lab) -> None:
+    prompts = ChatPrompts(lab.engine.tokenizer)
+    cases = list(recall_cases(prompts, 3, 5))
+    together = lab.plans(adapted(case, link_tokens=2) for case in cases)
+    answers = lab.answers(list(zip(cases, together, strict=True)), 4)
+    for case, plan, done in zip(cases, together, answers, strict=True):
+        (alone,) = lab.answers([(case, plan)], 4)
+        assert done.token_ids == alone.token_ids
+        assert not done.reuse.refused
+        assert done.reuse.exact + done.reuse.adapted == case.memory_tokens
+        assert plan.repaired == 2 * (len(case.memories) - 1)
+
+
+def test_the_product_is_measured_through_its_own_interface(tmp_path: Path) -> None:
+    engine = VllmEngine(
+        support.RECALL_MODEL, {"store": str(tmp_path)}, dtype="float32", max_model_len=512, seed=0
+    )
+    bench = Bench(engine, tmp_path)
+    with bench.manager:
+        rows = {
+            str(row["quality"]): row for row in measure_product(bench, ("fast", "balanced", "exact"), 4, 3, 2)
+        }
+    assert list(rows) == ["computed", "fast", "balanced", "exact"]
+    for name, row in rows.items():
+        shares = [float(str(row[part])) for part in ("exact", "adapted", "local", "computed")]
+        assert math.isclose(sum(shares), 1.0, abs_tol=1e-4), name
+        assert row["refused"] == 0.0
+        assert row["requests_repeated"] == (1.0 if name == "computed" else 2.0), "a probe and the answer"
+    assert rows["exact"]["same_answer"] == rows["computed"]["same_answer"] == 1.0
+    assert rows["computed"]["computed"] == 1.0
+    assert rows["fast"]["adapted"] > rows["fast"]["computed"]
+    assert rows["fast"]["repaired_tokens"] == 0.0 < rows["balanced"]["repaired_tokens"]
+    assert rows["fast"]["requests"] == 2.0 < rows["balanced"]["requests"]

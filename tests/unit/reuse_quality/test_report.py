@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.reuse_report import plot, read, table, title
+from benchmarks.reuse.settings import Setting
+from benchmarks.reuse_report import (
+    PRODUCT_COLUMNS,
+    plot,
+    product_title,
+    read,
+    read_product,
+    table,
+    title,
+)
 
 
-def line(way: str, *, memories: int = 5, right: float = 0.5, **changes: object) -> str:
+def line(way: str, *, right: float = 0.5, setting: Setting | None = None, **changes: object) -> str:
     record = {
-        "benchmark": "reuse_quality", "model": "m", "task": "recall", "memories": memories, "cases": 9,
-        "system": None, "before": 0, "shuffled": False, "chunk_tokens": 256, "way": way, "right": right,
-        "same_answer": 1.0, "agreed": 1.0, "exact_tokens": 10, "adapted_tokens": 70, "memory_tokens": 80,
-        "repaired_tokens": 8,
+        "benchmark": "reuse_quality", "model": "m", **asdict(setting or Setting(memories=5, cases=9)),
+        "way": way, "right": right, "same_answer": 1.0, "agreed": 1.0, "exact_tokens": 10,
+        "adapted_tokens": 70, "memory_tokens": 80, "repaired_tokens": 8,
     }  # fmt: skip
     return json.dumps(record | changes)
 
@@ -25,8 +34,8 @@ def test_a_table_has_the_latest_row_of_each_way_and_only_filled_columns() -> Non
         json.dumps({"benchmark": "another"}),
         line("adapted", right=0.4),
     ]
-    ((setting, ways),) = read(lines).items()
-    assert title(setting) == "m, recall: 5 memories, 9 cases"
+    ((measured, ways),) = read(lines).items()
+    assert title(measured) == "m, recall: 5 memories, 9 cases"
     assert table(ways).splitlines() == [
         "| way | right | same answer | greedy tokens agreed | memory tokens computed |",
         "| --- | --- | --- | --- | --- |",
@@ -36,12 +45,36 @@ def test_a_table_has_the_latest_row_of_each_way_and_only_filled_columns() -> Non
 
 
 def test_settings_stand_apart_and_are_drawn(tmp_path: Path) -> None:
-    changed = {"system": "Be brief.", "before": 3, "shuffled": True, "chunk_tokens": 32}
-    found = read([line("a"), line("a", memories=20), line("a", **changed)])
-    assert [title(setting).partition("cases")[2] for setting in found] == [
+    changed = Setting(
+        memories=5, system="Be brief.", before_tokens=3, filler_tokens=7, shuffled=True, chunk_tokens=32
+    )
+    many = Setting(memories=20, facts_per_memory=4, story_tokens=99)
+    found = read([line("a"), line("a", setting=many), line("a", setting=changed)])
+    assert [title(measured).partition("cases")[2] for measured in found] == [
         "",
-        "",
-        ", a system prompt, computed behind 3 turns, in any order, chunks of 32 tokens",
+        ", 4 facts each, 99 tokens each",
+        ", a system prompt, computed behind 3 tokens, put back behind 7 other tokens, in any order, "
+        "chunks of 32 tokens",
     ]
     plot(found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_lines_from_before_a_setting_was_added_have_its_default() -> None:
+    record = json.loads(line("a"))
+    for name in ("filler_tokens", "facts_per_memory", "story_tokens"):
+        del record[name]
+    assert read([json.dumps(record)]).keys() == read([line("a")]).keys()
+
+
+def test_qualities_have_a_table_of_their_own() -> None:
+    record = {"benchmark": "reuse_product", "model": "m", "memories": 5, "cases": 9, "agents": 3}
+    lines = [line("a"), *(json.dumps(record | {"quality": q, "requests": 2.0, "exact": 0.25}) for q in "ab")]
+    ((product, rows),) = read_product(lines).items()
+    assert product_title(product) == "m, AgentMemory: 5 memories of 3 other agents, 9 cases"
+    assert table(rows, PRODUCT_COLUMNS, "quality").splitlines() == [
+        "| quality | prompt exact | requests |",
+        "| --- | --- | --- |",
+        "| a | 25% | 2 |",
+        "| b | 25% | 2 |",
+    ]
