@@ -160,6 +160,6 @@ def _check_linear(table_PR: Tensor, inv_freq_F: Tensor) -> None:
         if not (linear and constant):  # NaN fails both
             first = int(block.positions_N1[0])
             raise UnsupportedModelError(
-                f"the model's rotary embedding is not position-linear (seen within {_BLOCK_ROWS} positions "
-                f"from {first}), so its keys cannot be moved to new positions: run it without kv_agent"
+                f"the model's rotary embedding is not position-linear "
+                f"(seen within {_BLOCK_ROWS} positions from {first})"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorWorkerMetadata,
@@ -19,13 +21,14 @@ from vllm.model_executor.layers import rotary_embedding
 from vllm.v1.request import RequestStatus
 
 from kv_agent.config import PluginConfig, parse
-from kv_agent.errors import ConfigError
+from kv_agent.errors import ConfigError, UnsupportedModelError
 from kv_agent.kv.rope import RotaryScheme, scheme_from_table
 from kv_agent.storage.store import LocalStore
 from kv_agent.vllm_plugin.fingerprint import fingerprint_details, fingerprint_of
 from kv_agent.vllm_plugin.guard import attempt
 from kv_agent.vllm_plugin.jobs import StepJobs, WorkerReport
 from kv_agent.vllm_plugin.paged_cache import PagedCache, PagedLayer
+from kv_agent.vllm_plugin.plan import Limits
 from kv_agent.vllm_plugin.resolver import Resolver
 from kv_agent.vllm_plugin.scheduler import SchedulerSide
 from kv_agent.vllm_plugin.support import (
@@ -68,6 +71,13 @@ class KVAgentWorkerMetadata(KVConnectorWorkerMetadata):
         return self
 
 
+@dataclass
+class _Handshake(KVConnectorHandshakeMetadata):
+    """What a worker found out about its model."""
+
+    can_move: bool
+
+
 class KVAgentConnector(KVConnectorBase_V1):
     """Captures turns, answers probes and injects stored chunks on stock vLLM."""
 
@@ -99,8 +109,7 @@ class KVAgentConnector(KVConnectorBase_V1):
                 f"this store's memories of this model are found by the keys of layers {known}, not {pooled}; "
                 f"set pooled_layers to {known} or use another store"
             )
-        window = trained_window(self._vllm_config.model_config)
-        self._resolver = Resolver(self._store.catalog, fingerprint, window)
+        self._resolver = Resolver(self._store.catalog, fingerprint)
         self._scheduler = SchedulerSide(
             self._config,
             fingerprint,
@@ -116,6 +125,11 @@ class KVAgentConnector(KVConnectorBase_V1):
         return False
 
     # -- scheduler role -----------------------------------------------------------------------------
+
+    def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
+        """Until the workers have said that they can move keys, none are moved."""
+        if metadata and all(isinstance(one, _Handshake) and one.can_move for one in metadata.values()):
+            self._resolver.limits = Limits(window=trained_window(self._vllm_config.model_config))
 
     def on_new_request(self, request: Request) -> None:
         attempt(partial(self._deciding.new_request, request), None)
@@ -148,6 +162,9 @@ class KVAgentConnector(KVConnectorBase_V1):
         return decided or (False, None)
 
     # -- worker role --------------------------------------------------------------------------------
+
+    def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata:
+        return _Handshake(can_move=self._moving.can_move)
 
     def register_kv_caches(self, kv_caches: dict[str, Tensor]) -> None:
         with set_current_vllm_config(self._vllm_config):
@@ -257,9 +274,16 @@ def _paged_layer(layer: Any) -> PagedLayer:
     )
 
 
-def _model_rope() -> RotaryScheme:
-    """The scheme of the rotary embedding that the loaded model really uses, from vLLM's own table."""
-    module = check_rope_modules(list(rotary_embedding._ROPE_DICT.values()))
-    with torch.device("cpu"):
-        table = module._compute_cos_sin_cache()
-    return scheme_from_table(table.float().cpu(), neox=bool(module.is_neox_style))
+def _model_rope() -> RotaryScheme | None:
+    """The scheme of the rotary embedding that the loaded model really uses, from vLLM's own table.
+
+    ``None`` where keys cannot be moved by it.
+    """
+    try:
+        module = check_rope_modules(list(rotary_embedding._ROPE_DICT.values()))
+        with torch.device("cpu"):
+            table = module._compute_cos_sin_cache()
+        return scheme_from_table(table.float().cpu(), neox=bool(module.is_neox_style))
+    except UnsupportedModelError as err:
+        logger.warning("memories are reused only where they were computed and found by words: %s", err)
+        return None

@@ -33,13 +33,27 @@ class Refusal(StrEnum):
     NO_SALT = "request has no cache_salt while prefix caching is on"
     LORA = "request uses a LoRA adapter"
     MULTIMODAL = "request has multimodal or embedded input"
+    ROTARY = "keys cannot be moved: the model's rotary embedding is not known"
     WINDOW = "a moved chunk would stand, or was computed, beyond the positions the model was trained on"
+    CRUMBS = "what would be moved is many tiny chunks"
     FRESH_TURN = "chunk reaches into the fresh turn"
     OVERLAP = "chunk overlaps the one before"
     SKIPPED = "nothing of the chunk is left"
     GAP = "tokens before the chunk are computed"
     LOOKUP = "catalog could not be read"
     LATE = "catalog look-up took too long"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Within what chunks may be moved.
+
+    ``window``: positions that the model was trained on. ``shortest_mean_run``: several runs of fewer tokens
+    on average are computed, for they save next to nothing and change answers (docs/reuse.md).
+    """
+
+    window: int
+    shortest_mean_run: int = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,14 +178,14 @@ def check_plan(
     prompt_token_ids: Sequence[int],
     scope: Scope,
     fingerprint: Fingerprint,
-    window: int,
+    limits: Limits | None,
 ) -> CheckedPlan:
     """Keep the placements whose scope, fingerprint, tokens and position hold; label exact ones.
 
     A chunk is *exact* when it stands at its own position behind its own context, all of it computed
-    or exact: then its KV is bit-identical to computing it. Everything else is *adapted*, and must lie within
-    the ``window`` of positions that the model was trained on. Text between placements counts as computed in
-    the context before it.
+    or exact: then its KV is bit-identical to computing it. Everything else is *adapted* and must keep within
+    ``limits`` (``None``: keys cannot be moved). Text between placements counts as computed in the context
+    before it.
     """
     root = root_key(fingerprint, scope.namespace, scope.user_id)
     last = min(options.fresh_start, len(prompt_token_ids) - 1)  # at least one token is computed
@@ -188,8 +202,8 @@ def check_plan(
         if placement.start > end:
             before = chain_key(context, prompt_token_ids[end : placement.start])
         exact = placement.skip == 0 and record.parent == before and record.start == placement.start
-        if not exact and max(placement.start - placement.skip, record.start) + record.num_tokens > window:
-            refused.append(Refused(chunk_id=placement.chunk_id, reason=Refusal.WINDOW))
+        if not exact and (reason := _immovable(record, placement, limits)):
+            refused.append(Refused(chunk_id=placement.chunk_id, reason=reason))
             continue
         context = before
         after = record.key if exact else adapted_key(context, record.key, placement.skip)
@@ -204,7 +218,33 @@ def check_plan(
             )
         )
         context, end = after, placed[-1].end
+    if limits is not None and _are_crumbs([chunk for chunk in placed if not chunk.exact], limits):
+        first = next(number for number, chunk in enumerate(placed) if not chunk.exact)
+        refused += (Refused(chunk_id=chunk.record.key, reason=Refusal.CRUMBS) for chunk in placed[first:])
+        del placed[first:]
     return CheckedPlan(root=root, placed=tuple(placed), refused=tuple(refused))
+
+
+def _are_crumbs(moved: Sequence[PlacedChunk], limits: Limits) -> bool:
+    """Whether these are several runs of next to nothing; chunks that were computed in a row are one run.
+
+    Tokens that a placement leaves out count: a chunk does not get worse where its beginning is computed.
+    """
+    num_runs = 0
+    end, last = -1, None
+    for chunk in moved:
+        num_runs += chunk.start != end or chunk.record.parent != last
+        end, last = chunk.end, chunk.record.key
+    num_tokens = sum(chunk.record.num_tokens for chunk in moved)
+    return num_runs > 1 and num_tokens < num_runs * limits.shortest_mean_run
+
+
+def _immovable(record: ChunkRecord, placement: Placement, limits: Limits | None) -> Refusal | None:
+    """Why a chunk may not stand elsewhere than where it was computed."""
+    if limits is None:
+        return Refusal.ROTARY
+    last_start = max(placement.start - placement.skip, record.start)
+    return Refusal.WINDOW if last_start + record.num_tokens > limits.window else None
 
 
 def _objection(

@@ -12,7 +12,7 @@ from kv_agent.chunks import ChunkKey, ChunkRecord, Fingerprint, Scope, root_key
 from kv_agent.config import PlanOptions
 from kv_agent.errors import StorageError
 from kv_agent.vllm_plugin.chains import ChainIndex, walk
-from kv_agent.vllm_plugin.plan import CheckedPlan, Refusal, check_plan, refuse_all
+from kv_agent.vllm_plugin.plan import CheckedPlan, Limits, Refusal, check_plan, refuse_all
 
 logger = logging.getLogger(__name__)
 
@@ -35,13 +35,13 @@ class Resolved:
 class Resolver:
     """Resolves requests in the background; a failed look-up refuses the plan, never the request.
 
-    ``window``: positions that the model was trained on.
+    ``limits`` are to be set once it is known that the model's keys can be moved.
     """
 
-    def __init__(self, catalog: ChunkCatalog, fingerprint: Fingerprint, window: int) -> None:
+    def __init__(self, catalog: ChunkCatalog, fingerprint: Fingerprint) -> None:
+        self.limits: Limits | None = None
         self._catalog = catalog
         self._fingerprint = fingerprint
-        self._window = window
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kv-agent-resolver")
 
     def submit(
@@ -63,7 +63,7 @@ class Resolver:
             if options is not None:
                 keys = [ChunkKey(p.chunk_id) for p in options.placements]
                 records = self._catalog.chunks(keys)
-                plan = check_plan(options, records, token_ids, scope, self._fingerprint, self._window)
+                plan = check_plan(options, records, token_ids, scope, self._fingerprint, self.limits)
             if find_stored:
                 self._find_stored(known, root, token_ids, 0)
                 if plan.placed:

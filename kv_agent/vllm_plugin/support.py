@@ -83,16 +83,10 @@ def trained_window(model_config: Any) -> int:
 
 
 def check_rope_modules(modules: list[Any]) -> Any:
-    """The one rotary embedding that all layers share; raises when there is none or several."""
+    """The one rotary embedding that all layers share, of a kind that is known; raises otherwise."""
     if len(modules) != 1:
-        raise UnsupportedModelError(
-            f"kv_agent needs exactly one rotary position embedding, the model has {len(modules)}; "
-            "start vLLM without kv_agent for this model"
-        )
+        raise UnsupportedModelError(f"the model has {len(modules)} rotary position embeddings instead of one")
     module = modules[0]
     if type(module).__name__ not in SUPPORTED_ROTARY_EMBEDDINGS:
-        raise UnsupportedModelError(
-            f"kv_agent does not support the rotary embedding {type(module).__name__}; "
-            "start vLLM without kv_agent for this model"
-        )
+        raise UnsupportedModelError(f"the rotary embedding {type(module).__name__} is not known")
     return module

@@ -10,10 +10,11 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from kv_agent.chunks import ChunkRecord, TurnId, TurnRecord
-from kv_agent.errors import CorruptChunkError, StorageError
+from kv_agent.errors import CorruptChunkError, StorageError, UnsupportedModelError
 from kv_agent.kv.rope import RotaryScheme, rotate_keys
 from kv_agent.retrieval.pooling import pool_keys, to_bytes, token_keys
 from kv_agent.retrieval.sketches import to_sketch
@@ -61,13 +62,16 @@ class _Loading:
 
 
 class WorkerSide:
-    """Executes the scheduler's jobs; every method is called on the engine's step thread."""
+    """Executes the scheduler's jobs; every method is called on the engine's step thread.
+
+    Without a ``scheme`` keys are neither moved nor compared.
+    """
 
     def __init__(
         self,
         cache: PagedCache,
         store: LocalStore,
-        scheme: RotaryScheme,
+        scheme: RotaryScheme | None,
         *,
         pooled_layers: Sequence[int],
         device_bytes: int,
@@ -89,6 +93,10 @@ class WorkerSide:
         self._sent: set[str] = set()
         self._received: set[str] = set()
         self._invalid_blocks: set[int] = set()
+
+    @property
+    def can_move(self) -> bool:
+        return self._scheme is not None
 
     # -- called by the connector every step ------------------------------------------------------------
 
@@ -164,6 +172,8 @@ class WorkerSide:
         kv_L2THD = kv_L2THD[:, :, chunk.skip :]
         if chunk.delta == 0:
             return kv_L2THD
+        if self._scheme is None:
+            raise UnsupportedModelError("keys cannot be moved, yet a chunk was to be")
         moved_L2THD = kv_L2THD.clone()
         moved_L2THD[:, 0] = rotate_keys(kv_L2THD[:, 0], chunk.delta, self._scheme)
         return moved_L2THD
@@ -212,8 +222,7 @@ class WorkerSide:
 
     def _probe(self, job: ProbeJob) -> None:
         kv_L2THD = self._cache.read(job.block_ids, job.start, job.end, self._pooled_layers)
-        keys_TV = token_keys(kv_L2THD[:, 0], job.start, self._scheme, range(len(kv_L2THD)))
-        sketch = to_sketch(keys_TV)
+        sketch = to_sketch(self._token_keys(kv_L2THD, job.start, range(len(kv_L2THD))))
         with self._report_lock:
             self._report.probes[job.request_id] = sketch
 
@@ -238,8 +247,8 @@ class WorkerSide:
     def _new_chunk(self, part: Segment, kv_L2THD: Tensor, first: int, *, found: bool) -> NewChunk:
         part_L2THD = kv_L2THD[:, :, part.start - first : part.end - first].contiguous()
         vector = sketch = None
-        if found:
-            keys_TV = token_keys(part_L2THD[:, 0], part.start, self._scheme, self._pooled_layers)
+        if found and self.can_move:
+            keys_TV = self._token_keys(part_L2THD, part.start, self._pooled_layers)
             vector, sketch = to_bytes(pool_keys(keys_TV)), to_sketch(keys_TV)
         return NewChunk(
             key=part.key,
@@ -251,6 +260,11 @@ class WorkerSide:
             vector=vector,
             sketch=sketch,
         )
+
+    def _token_keys(self, kv_L2THD: Tensor, start: int, layers: Sequence[int]) -> Tensor:
+        if self._scheme is None:  # a question is answered all the same: nothing is like it
+            return torch.zeros(1, len(layers) * kv_L2THD[0, 0, 0].numel())
+        return token_keys(kv_L2THD[:, 0], start, self._scheme, layers)
 
     def _store_turn(self, job: CaptureJob, context: Sequence[NewChunk], content: Sequence[NewChunk]) -> None:
         turn = TurnRecord(

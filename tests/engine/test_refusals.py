@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kv_agent.engines.vllm_local import VllmEngine, transfer_config
 from kv_agent.storage.catalog import Catalog
+from kv_agent.vllm_plugin.plan import Refusal
 from tests.engine import support
 
 pytestmark = pytest.mark.engine
@@ -102,15 +103,14 @@ REFUSED = {
         says=("kv_agent supports LlamaForCausalLM,", "not ['GPT2LMHeadModel']; start vLLM without kv_agent"),
         model=Model(kind="gpt2", config={"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512}),
     ),
-    "rotary-embedding": Refused(
-        error="UnsupportedModelError",
-        says=("does not support the rotary embedding Phi3LongRoPE", "; start vLLM without kv_agent"),
-        model=Model(kind="llama", config={**LLAMA_LIKE, "rope_parameters": LONGROPE}),
-    ),
 }
 # The other engine tests run Llama. To save minutes Qwen2 and Mistral (`sliding_window`: None) are left out;
 # they pass when added here.
-SUPPORTED = {"qwen3": Model(kind="qwen3", config=LLAMA_LIKE)}
+UNKNOWN_ROTARY = "unknown rotary embedding"
+SUPPORTED = {
+    "qwen3": Model(kind="qwen3", config=LLAMA_LIKE),
+    UNKNOWN_ROTARY: Model(kind="llama", config={**LLAMA_LIKE, "rope_parameters": LONGROPE}),
+}
 
 
 # -- in the engine's process ------------------------------------------------------------------------
@@ -139,6 +139,12 @@ def resume(request: Mapping[str, Any]) -> None:
             engine, text + question, salt="resumed", scope=support.scope(), store=False, plan=plan
         )
         alone = support.run(engine, question)
+        rest = support.tokens_of(chunks[1:])
+        computed_rest = support.run(engine, rest + question, salt="rest")
+        plan = support.plan(chunks[1:], fresh_start=len(rest))
+        moved = support.run(
+            engine, rest + question, salt="moved", scope=support.scope(), store=False, plan=plan
+        )
     finally:
         catalog.close()
         engine.close()
@@ -151,6 +157,10 @@ def resume(request: Mapping[str, Any]) -> None:
         "resumed": resumed.token_ids,
         "alone": alone.token_ids,
         "difference": support.max_logprob_difference(computed, resumed),
+        "rest": len(rest),
+        "moved": moved.reuse.adapted,
+        "reasons": sorted({one.reason for one in moved.reuse.refused}),
+        "is_moved_like_computed": moved.token_ids == computed_rest.token_ids,
     }
     Path(request["out"]).write_text(json.dumps(result))
 
@@ -214,7 +224,14 @@ def test_a_supported_architecture_resumes_exactly(outcomes: dict[str, Future[Out
     assert result["computed_found"] == 0
     assert result["resumed"] == result["computed"]
     assert result["difference"] < 1e-4
+    assert result["rest"] > 0
     assert result["alone"] != result["computed"]  # the answer does depend on what was injected
+    if name == UNKNOWN_ROTARY:
+        assert "the rotary embedding Phi3LongRoPE" in outcome.log
+        assert (result["moved"], result["reasons"]) == (0, [Refusal.ROTARY])
+        assert result["is_moved_like_computed"]
+    else:
+        assert (result["moved"], result["reasons"]) == (result["rest"], [])
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -13,7 +13,7 @@ from kv_agent.planning import MemoryPrompt
 from kv_agent.storage.catalog import Catalog
 from kv_agent.vllm_plugin.chains import cut_segments
 from kv_agent.vllm_plugin.plan import CheckedPlan, check_plan
-from tests.unit.vllm_plugin.builders import FINGERPRINT, ROOT, SCOPE, WINDOW, record
+from tests.unit.vllm_plugin.builders import FINGERPRINT, LIMITS, ROOT, SCOPE, record
 
 CHUNK_TOKENS = 32
 
@@ -89,4 +89,4 @@ class World:
 
     def _check(self, options: PlanOptions, token_ids: Sequence[int]) -> CheckedPlan:
         keys = [ChunkKey(one.chunk_id) for one in options.placements]
-        return check_plan(options, self.catalog.chunks(keys), token_ids, SCOPE, FINGERPRINT, WINDOW)
+        return check_plan(options, self.catalog.chunks(keys), token_ids, SCOPE, FINGERPRINT, LIMITS)

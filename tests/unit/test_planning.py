@@ -13,7 +13,7 @@ from kv_agent.config import PlanOptions, parse
 from kv_agent.planning import MemoryPrompt, Placed, build_prompt
 from kv_agent.prompting import FreshTurn
 from kv_agent.vllm_plugin.plan import check_plan
-from tests.unit.vllm_plugin.builders import FINGERPRINT, SCOPE, WINDOW, chain, record, tokens_of
+from tests.unit.vllm_plugin.builders import FINGERPRINT, LIMITS, SCOPE, chain, record, tokens_of
 
 FRESH = FreshTurn(token_ids=(90, 91, 92), start=1, end=2)
 PREFIX = record([1, 2])
@@ -142,7 +142,7 @@ def test_the_engine_accepts_every_placement_of_a_prompt() -> None:
     prompt = build_prompt([first], turns, records, FRESH, max_prompt_tokens=99)
 
     options = parse(PlanOptions, prompt.options(), "plan")
-    checked = check_plan(options, records, prompt.token_ids, SCOPE, FINGERPRINT, WINDOW)
+    checked = check_plan(options, records, prompt.token_ids, SCOPE, FINGERPRINT, LIMITS)
 
     assert checked.refused == ()
     assert [chunk.exact for chunk in checked.placed] == [True, True, False]

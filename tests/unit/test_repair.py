@@ -13,7 +13,7 @@ from kv_agent.planning import MemoryPrompt, build_prompt
 from kv_agent.prompting import FreshTurn
 from kv_agent.repair import exact_only, stretches_of
 from kv_agent.vllm_plugin.plan import CheckedPlan, check_plan
-from tests.unit.vllm_plugin.builders import FINGERPRINT, ROOT, SCOPE, WINDOW, chain, record
+from tests.unit.vllm_plugin.builders import FINGERPRINT, LIMITS, ROOT, SCOPE, chain, record
 
 FRESH = FreshTurn(token_ids=(7, 8, 9), start=0, end=3)
 
@@ -52,7 +52,7 @@ def prompts(draw: st.DrawFn) -> tuple[MemoryPrompt, Chunks]:
 
 def checked(prompt: MemoryPrompt, chunks: Chunks) -> CheckedPlan:
     options = parse(PlanOptions, prompt.options(), "plan")
-    return check_plan(options, chunks, prompt.token_ids, SCOPE, FINGERPRINT, WINDOW)
+    return check_plan(options, chunks, prompt.token_ids, SCOPE, FINGERPRINT, LIMITS)
 
 
 @given(case=prompts())

@@ -113,13 +113,14 @@ class Bench:
         host_bytes: int = 0,
         device_bytes: int = 0,
         queue_bytes: int = 1 << 30,
+        scheme: RotaryScheme | None = SCHEME,
     ) -> None:
         self.cache = DenseCache(dtype)
         self.store = TroubledStore(root, host_bytes)
         self.worker = WorkerSide(
             self.cache,
             self.store,
-            SCHEME,
+            scheme,
             pooled_layers=POOLED,
             device_bytes=device_bytes,
             queue_bytes=queue_bytes,

@@ -17,11 +17,12 @@ from kv_agent.chunks import (
 )
 from kv_agent.config import Placement, PlanOptions
 from kv_agent.errors import StorageError
+from kv_agent.vllm_plugin.plan import Limits
 
 FINGERPRINT = Fingerprint("fp-1")
 SCOPE = Scope(namespace="team", user_id="ann")
 ROOT = root_key(FINGERPRINT, SCOPE.namespace, SCOPE.user_id)
-WINDOW = 100_000  # positions
+LIMITS = Limits(window=100_000, shortest_mean_run=1)  # the chunks of these tests are tiny
 
 
 def record(

@@ -8,11 +8,11 @@ from kv_agent.chunks import (
     Scope,
 )
 from kv_agent.config import PlanOptions
-from kv_agent.vllm_plugin.plan import CheckedPlan, check_plan
+from kv_agent.vllm_plugin.plan import CheckedPlan, Limits, check_plan
 from tests.unit.vllm_plugin.builders import (
     FINGERPRINT,
+    LIMITS,
     SCOPE,
-    WINDOW,
     plan_options,
     tokens_of,
 )
@@ -26,9 +26,9 @@ def check(
     prompt: tuple[int, ...],
     scope: Scope = SCOPE,
     fingerprint: Fingerprint = FINGERPRINT,
-    window: int = WINDOW,
+    limits: Limits | None = LIMITS,
 ) -> CheckedPlan:
-    return check_plan(options, {one.key: one for one in records}, prompt, scope, fingerprint, window)
+    return check_plan(options, {one.key: one for one in records}, prompt, scope, fingerprint, limits)
 
 
 def check_in_a_row(*records: ChunkRecord) -> CheckedPlan:

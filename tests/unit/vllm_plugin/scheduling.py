@@ -15,8 +15,8 @@ from kv_agent.vllm_plugin.resolver import Resolved, Resolver
 from kv_agent.vllm_plugin.scheduler import SchedulerSide
 from tests.unit.vllm_plugin.builders import (
     FINGERPRINT,
+    LIMITS,
     SCOPE,
-    WINDOW,
     FakeCatalog,
     plan_options,
     tokens_of,
@@ -128,7 +128,8 @@ class Desk:
         self, catalog: FakeCatalog, *, prefix_caching: bool = True, chunk_tokens: int = CHUNK
     ) -> None:
         self.catalog = catalog
-        self.resolver = WatchedResolver(catalog, FINGERPRINT, WINDOW)
+        self.resolver = WatchedResolver(catalog, FINGERPRINT)
+        self.resolver.limits = LIMITS
         self.side = SchedulerSide(
             PluginConfig(chunk_tokens=chunk_tokens),
             FINGERPRINT,

@@ -15,9 +15,10 @@ from kv_agent.chunks import (
     chain_key,
     root_key,
 )
-from kv_agent.vllm_plugin.plan import Refusal, Refused, refuse_all
+from kv_agent.vllm_plugin.plan import Limits, Refusal, Refused, refuse_all
 from tests.unit.vllm_plugin.builders import (
     FINGERPRINT,
+    LIMITS,
     ROOT,
     SCOPE,
     chain,
@@ -243,7 +244,7 @@ def test_moved_chunks_must_lie_and_have_lain_within_the_window(
     moved = record(range(4), parent=ChunkKey("elsewhere"), start=computed_at)
     prompt = (*[50] * start, *moved.token_ids[skip:], 90)
     options = plan_options((moved, start, skip), fresh_start=len(prompt) - 1)
-    plan = check(options, moved, prompt=prompt, window=40)
+    plan = check(options, moved, prompt=prompt, limits=replace(LIMITS, window=40))
     assert reasons(plan) == ({moved.key: Refusal.WINDOW} if is_refused else {})
 
 
@@ -252,6 +253,64 @@ def test_exact_chunks_and_what_stands_behind_a_refused_one_are_judged_as_ever() 
     moved = record(range(20, 24), start=3)
     prompt = tokens_of([one, other, moved]) + FRESH
     options = plan_options((one, 0), (other, 8), (moved, 12), fresh_start=16)
-    plan = check(options, one, other, moved, prompt=prompt, window=10)
+    plan = check(options, one, other, moved, prompt=prompt, limits=replace(LIMITS, window=10))
     assert reasons(plan) == {moved.key: Refusal.WINDOW}
     assert [chunk.exact for chunk in plan.placed] == [True, True]
+
+
+def test_where_keys_cannot_be_moved_exact_chunks_stay_and_moved_ones_are_refused() -> None:
+    one, other = chain(range(8), range(8, 12))
+    moved = record(range(20, 60), start=3)
+    prompt = tokens_of([one, other, moved]) + FRESH
+    options = plan_options((one, 0), (other, 8), (moved, 12), fresh_start=52)
+    plan = check(options, one, other, moved, prompt=prompt, limits=None)
+    assert reasons(plan) == {moved.key: Refusal.ROTARY}
+    assert [chunk.exact for chunk in plan.placed] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "is_refused"),
+    [
+        ((3, 4), True),
+        ((7, 8), True),
+        ((8, 8), False),
+        ((2, 14), False),
+        ((7,), False),  # one alone is not many
+        ((7, 7, 7, 7, 11), True),
+    ],
+)
+def test_several_moved_runs_of_next_to_nothing_are_computed(sizes: tuple[int, ...], is_refused: bool) -> None:
+    moved = [
+        record(range(10 * i, 10 * i + n), parent=ChunkKey(f"before {i}"), start=50)
+        for i, n in enumerate(sizes)
+    ]
+    (exact,) = chain(range(90, 96))
+    prompt = tokens_of([exact, *moved]) + FRESH
+    places, at = [(exact, 0)], 6
+    for one in moved:
+        places.append((one, at))
+        at += one.num_tokens
+    plan = check(
+        plan_options(*places, fresh_start=at), exact, *moved, prompt=prompt, limits=Limits(window=1000)
+    )
+    assert reasons(plan) == ({one.key: Refusal.CRUMBS for one in moved} if is_refused else {})
+    assert plan.placed[0].record == exact
+
+
+def test_small_chunks_that_were_computed_in_a_row_are_one_run() -> None:
+    other = record(range(80, 90), start=70)
+    row = chain(*(range(4 * i, 4 * i + 4) for i in range(5)), parent=ChunkKey("elsewhere"), start=3)
+    places = [(other, 0), *((one, 10 + 4 * i) for i, one in enumerate(row))]
+    prompt = tokens_of([other, *row]) + FRESH
+    plan = check(
+        plan_options(*places, fresh_start=30), other, *row, prompt=prompt, limits=Limits(window=1000)
+    )
+    assert reasons(plan) == {}
+
+
+def test_chunks_whose_beginning_is_computed_do_not_become_crumbs() -> None:
+    moved = [record(range(10 * i, 10 * i + 9), parent=ChunkKey(f"before {i}"), start=50) for i in (1, 2)]
+    prompt = (*[90] * 7, *moved[0].token_ids[7:], *[90] * 7, *moved[1].token_ids[7:], *FRESH)
+    options = plan_options((moved[0], 7, 7), (moved[1], 16, 7), fresh_start=18)
+    plan = check(options, *moved, prompt=prompt, limits=Limits(window=1000))
+    assert reasons(plan) == {}

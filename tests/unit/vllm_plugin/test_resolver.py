@@ -13,9 +13,9 @@ from kv_agent.vllm_plugin.plan import Refusal
 from kv_agent.vllm_plugin.resolver import Resolved, Resolver
 from tests.unit.vllm_plugin.builders import (
     FINGERPRINT,
+    LIMITS,
     ROOT,
     SCOPE,
-    WINDOW,
     FakeCatalog,
     chain,
     plan_options,
@@ -28,7 +28,8 @@ FRESH = (90, 91, 92)
 
 @pytest.fixture
 def resolver(catalog: FakeCatalog) -> Iterator[Resolver]:
-    resolver = Resolver(catalog, FINGERPRINT, WINDOW)
+    resolver = Resolver(catalog, FINGERPRINT)
+    resolver.limits = LIMITS
     yield resolver
     catalog.gate.set()
     resolver.close()
@@ -137,7 +138,7 @@ def test_tokens_changed_after_asking_do_not_change_the_answer(
 
 
 def test_closing_drops_look_ups_that_have_not_begun(catalog: FakeCatalog) -> None:
-    resolver = Resolver(catalog, FINGERPRINT, WINDOW)
+    resolver = Resolver(catalog, FINGERPRINT)
     catalog.gate.clear()
     options = plan_options((record([1]), 0), fresh_start=1)
     begun, waiting = (resolver.submit((1, 2), SCOPE, options, find_stored=False) for _ in range(2))
@@ -149,3 +150,18 @@ def test_closing_drops_look_ups_that_have_not_begun(catalog: FakeCatalog) -> Non
     closing.join(timeout=30)
     assert not closing.is_alive()
     assert [refused.reason for refused in result(begun).plan.refused] == [Refusal.UNKNOWN]
+
+
+def test_nothing_is_moved_before_it_is_known_that_it_can_be(catalog: FakeCatalog) -> None:
+    resolver = Resolver(catalog, FINGERPRINT)
+    first, moved = record([1, 2, 3]), record([4, 5], start=40)
+    catalog.add(first, moved)
+    options = plan_options((first, 0), (moved, 3), fresh_start=5)
+    refused = []
+    for limits in (None, LIMITS):
+        resolver.limits = limits
+        done = result(resolver.submit((1, 2, 3, 4, 5, *FRESH), SCOPE, options, find_stored=False))
+        assert done.plan.placed[0].record == first
+        refused.append([(one.chunk_id, one.reason) for one in done.plan.refused])
+    assert refused == [[(moved.key, Refusal.ROTARY)], []]
+    resolver.close()

@@ -146,6 +146,30 @@ def test_a_probe_of_a_text_points_the_same_way_wherever_it_stands(bench: Bench) 
     torch.testing.assert_close(here, there, rtol=0, atol=1e-5)
 
 
+def test_without_a_rotary_scheme_turns_are_stored_without_keys_and_a_probe_is_like_nothing(
+    benches: Callable[..., Bench],
+) -> None:
+    bench = benches(scheme=None)
+    job = capture_job(16, content_start=5)
+    captured = bench.kv(job.block_ids, 0, 16)
+    bench.step(probes=[ProbeJob(request_id="asking", block_ids=(3, 1, 4, 9), start=2, end=9)])
+    records = bench.capture(job)
+    assert not bench.worker.can_move
+    assert bench.store.given_vectors == dict.fromkeys(one.key for one in job.segments)
+    assert not from_sketch(bench.report.probes["asking"]).any()
+    target = load_job(records)
+    assert bench.load(target) is None
+    assert torch.equal(bench.kv(target.block_ids, 0, 16), captured)
+
+
+def test_without_a_rotary_scheme_a_load_that_moves_fails(benches: Callable[..., Bench]) -> None:
+    bench = benches(scheme=None)
+    job = capture_job(16)
+    failure = bench.load(load_job(bench.capture(job), at=3))
+    assert failure is not None
+    assert (failure.start, bench.invalid_blocks) == (3, {20, 12, 17, 11, 14})
+
+
 # -- captures that are lost -------------------------------------------------------------------------
 
 
