@@ -46,6 +46,7 @@ class WorldConfig:
     paraphrase_share: float = 0.25
     two_hop_share: float = 0.1
     unknown_share: float = 0.1
+    slip_share: float = 0.0  # phrasings with a word too few, too many or misplaced
     relations: tuple[str, ...] = tuple(RELATIONS)
 
     def __post_init__(self) -> None:

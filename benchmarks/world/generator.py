@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from benchmarks.world.facts import RELATIONS, Fact, WorldConfig, draw_facts
 from benchmarks.world.questions import Asker, Known
 from benchmarks.world.records import Session, Split, Turn, TurnId, World
+from benchmarks.world.slips import draw_template
 from benchmarks.world.small_talk import ACKNOWLEDGEMENTS, draw_small_talk
 
 
@@ -44,7 +45,7 @@ def _tell(
             remark, reply = draw_small_talk(wording, rng)
             turns.append(Turn(id=_turn_id(session_id, len(turns)), user=remark, assistant=reply))
         turn_id = _turn_id(session_id, len(turns))
-        text = " ".join(_state(fact, wording, rng) for fact in group)
+        text = " ".join(_state(fact, config, wording, rng) for fact in group)
         turns.append(Turn(id=turn_id, user=text, assistant=rng.choice(ACKNOWLEDGEMENTS)))
         for fact in group:
             known[fact.subject, fact.relation] = Known(fact=fact, turn=turn_id)
@@ -59,9 +60,10 @@ def _groups(facts: tuple[Fact, ...], most: int, rng: random.Random) -> Iterator[
         start += size
 
 
-def _state(fact: Fact, wording: Split, rng: random.Random) -> str:
+def _state(fact: Fact, config: WorldConfig, wording: Split, rng: random.Random) -> str:
     phrases = RELATIONS[fact.relation].phrases(wording)
-    template = rng.choice(phrases.updates if fact.is_update else phrases.statements)
+    templates = phrases.updates if fact.is_update else phrases.statements
+    template = draw_template(templates, config.slip_share, rng)
     return template.format(s=fact.subject, v=fact.value)
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from benchmarks.world.facts import RELATIONS, Draw, Fact, WorldConfig
 from benchmarks.world.phrases import Relation
 from benchmarks.world.records import UNKNOWN_ANSWER, Ask, Question, Split, TurnId
+from benchmarks.world.slips import draw_template
 
 _UNKNOWN_TRIES = 50
 
@@ -97,11 +98,13 @@ class Asker:
     def _put(self, relation: Relation, subject: str) -> tuple[str, bool]:
         phrases = relation.phrases(self.wording)
         is_paraphrase = self.rng.random() < self.config.paraphrase_share
-        template = self.rng.choice(phrases.paraphrases if is_paraphrase else phrases.questions)
+        templates = phrases.paraphrases if is_paraphrase else phrases.questions
+        template = draw_template(templates, self.config.slip_share, self.rng)
         return template.format(s=subject), is_paraphrase
 
     def _hop(self, hop: Relation, subject: str) -> str:
-        return self.rng.choice(hop.phrases(self.wording).hops).format(s=subject)
+        template = draw_template(hop.phrases(self.wording).hops, self.config.slip_share, self.rng)
+        return template.format(s=subject)
 
     def _count(self, share: float) -> int:
         """``share`` of the facts on average, also where that is less than one."""

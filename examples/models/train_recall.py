@@ -2,6 +2,7 @@
 
     python -m examples.models.train_recall --out OUT --minutes 60
     python -m examples.models.train_recall --out OUT --minutes 60   # after a stop: goes on where it was
+    python -m examples.models.train_recall --out DEEP --layers 6 --grow-from OUT --minutes 60
 
 Run from the repository root, on a GPU where there is one. ``OUT`` then holds the model, its tokenizer,
 ``training.json`` (settings, curve, final scores) and ``checkpoint.pt`` (only needed to go on).
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from benchmarks.world import Split
 from benchmarks.world.exam import by_group
@@ -27,6 +28,7 @@ from examples.models.recall_training.architectures import build_model
 from examples.models.recall_training.batches import Batch, Encoder
 from examples.models.recall_training.curriculum import LEVELS, Batches, Progress, Source
 from examples.models.recall_training.evaluation import evaluate, exact_matches, token_logits
+from examples.models.recall_training.growth import grow_from
 from examples.models.recall_training.induction import plant_induction_head
 from examples.models.recall_training.tokens import train_tokenizer
 
@@ -216,13 +218,18 @@ def make_trainer(args: argparse.Namespace) -> Trainer:
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
-    if (args.out / "tokenizer.json").exists():
-        tokenizer = AutoTokenizer.from_pretrained(args.out)
+    known = next((f for f in (args.out, args.grow_from) if f and (f / "tokenizer.json").exists()), None)
+    if known:
+        tokenizer = AutoTokenizer.from_pretrained(known)
+        tokenizer.save_pretrained(args.out)
     else:
         tokenizer = train_tokenizer(args.vocab)
         tokenizer.save_pretrained(args.out)
     model = build_model(args.family, tokenizer, layers=args.layers, width=args.width, mlp=args.mlp)
-    plant_induction_head(model, torch.Generator().manual_seed(args.seed))
+    if args.grow_from:
+        grow_from(AutoModelForCausalLM.from_pretrained(args.grow_from, dtype=torch.float32), model)
+    else:
+        plant_induction_head(model, torch.Generator().manual_seed(args.seed))
     model.to("cuda" if is_gpu() else "cpu")
     trainer = Trainer(
         args=args, encoder=Encoder(tokenizer), model=model, optimizers=make_optimizers(model, args)
@@ -236,6 +243,7 @@ def make_trainer(args: argparse.Namespace) -> Trainer:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the model; resumes what it finds")
+    parser.add_argument("--grow-from", type=Path, help="folder of a trained model with fewer layers")
     parser.add_argument("--family", choices=("llama", "qwen3"), default="llama")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1_000_000, help="the run ends at these or --minutes")

@@ -27,6 +27,7 @@ _RECITED_SHARE = 0.2  # rows of a batch, the first left out, that are recited in
 _SYSTEM_SHARE = 0.15
 _EARLIER_SHARE = 0.15  # dialogues in which some questions were answered before
 _MAX_EARLIER = 6
+_SLIP_SHARE = 0.2
 
 
 @dataclass(slots=True, kw_only=True)
@@ -105,12 +106,13 @@ class Batches(IterableDataset[Batch]):
             num_facts=num_facts,
             facts_per_subject=rng.choice((1, 2, 3)),
             facts_per_turn=rng.choice((1, 1, 2)),
-            hop_share=rng.choice((0.15, 0.4)),
+            hop_share=rng.choice((0.15, 0.5)),
             correction_share=0.2,
             similar_share=0.2,
             small_talk_share=rng.choice((0.0, 0.1, 0.5)),
-            two_hop_share=0.4,
-            unknown_share=0.15,
+            two_hop_share=1.0,
+            unknown_share=0.2,
+            slip_share=_SLIP_SHARE,
             questions_per_fact=self._source.questions_per_fact,
         )
         most_earlier = min(num_facts, _MAX_EARLIER)
