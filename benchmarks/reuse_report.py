@@ -1,4 +1,4 @@
-"""Tables and plot of what ``benchmarks/reuse_quality.py`` and ``reuse_product.py`` measured.
+"""Tables and plot of what ``benchmarks/reuse_quality.py``, ``_product.py`` and ``_documents.py`` measured.
 
     python -m benchmarks.reuse_report results.jsonl --plot docs/reuse.png
 
@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.reuse.settings import Setting
 
@@ -37,8 +37,21 @@ PRODUCT_COLUMNS = {
     "ms": "ms to the first token",
     "ms_repeated": "repeated",
 }
-_SHARES = {"repaired", "exact", "adapted", "local", "computed"}
+DOCUMENT_COLUMNS = {
+    "right": "right",
+    "same_answer": "same answer",
+    "prompt_tokens": "prompt tokens",
+    "reused": "reused",
+    "adapted": "of these moved",
+    "reused_again": "reused again",
+    "requests": "requests",
+    "requests_again": "again",
+    "ms": "ms to the first token",
+    "ms_again": "again",
+}
+_SHARES = {"reused", "reused_again", "repaired", "exact", "adapted", "local", "computed"}
 
+T = TypeVar("T", "Product", "Documents")
 Row = dict[str, Any]
 Rows = dict[str, Row]  # by way or quality
 
@@ -61,6 +74,15 @@ class Product:
     agents: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Documents:
+    """A model in one setting of ``reuse_documents``."""
+
+    model: str
+    facts_per_document: int
+    cases: int
+
+
 def read(lines: Iterable[str]) -> dict[Measured, Rows]:
     """Lines of an older harness lack what was added since; it has its default there."""
     found: dict[Measured, Rows] = {}
@@ -74,11 +96,19 @@ def read(lines: Iterable[str]) -> dict[Measured, Rows]:
 
 
 def read_product(lines: Iterable[str]) -> dict[Product, Rows]:
-    found: dict[Product, Rows] = {}
+    return _by_quality(lines, "reuse_product", Product)
+
+
+def read_documents(lines: Iterable[str]) -> dict[Documents, Rows]:
+    return _by_quality(lines, "reuse_documents", Documents)
+
+
+def _by_quality(lines: Iterable[str], benchmark: str, kind: type[T]) -> dict[T, Rows]:
+    found: dict[T, Rows] = {}
     for record in map(json.loads, lines):
-        if record["benchmark"] == "reuse_product":
-            product = Product(**{field.name: record[field.name] for field in fields(Product)})
-            found.setdefault(product, {})[record["quality"]] = record
+        if record["benchmark"] == benchmark:
+            setting = kind(**{name: record[name] for name in kind.__dataclass_fields__})
+            found.setdefault(setting, {})[record["quality"]] = record
     return found
 
 
@@ -115,6 +145,13 @@ def product_title(product: Product) -> str:
     return (
         f"{product.model}, AgentMemory: {product.memories} memories of {product.agents} other agents, "
         f"{product.cases} cases"
+    )
+
+
+def document_title(documents: Documents) -> str:
+    return (
+        f"{documents.model}, two documents of {documents.facts_per_document} facts in a question, "
+        f"{documents.cases} cases"
     )
 
 
@@ -167,6 +204,8 @@ def main() -> None:
         print(f"{title(measured)}\n\n{table(rows)}\n")
     for product, rows in read_product(lines).items():
         print(f"{product_title(product)}\n\n{table(rows, PRODUCT_COLUMNS, 'quality')}\n")
+    for documents, rows in read_documents(lines).items():
+        print(f"{document_title(documents)}\n\n{table(rows, DOCUMENT_COLUMNS, 'quality')}\n")
     if args.plot:
         plot(found, args.plot)
 

@@ -8,10 +8,13 @@ from pathlib import Path
 
 from benchmarks.reuse.settings import Setting
 from benchmarks.reuse_report import (
+    DOCUMENT_COLUMNS,
     PRODUCT_COLUMNS,
+    document_title,
     plot,
     product_title,
     read,
+    read_documents,
     read_product,
     table,
     title,
@@ -77,4 +80,17 @@ def test_qualities_have_a_table_of_their_own() -> None:
         "| --- | --- | --- |",
         "| a | 25% | 2 |",
         "| b | 25% | 2 |",
+    ]
+
+
+def test_documents_have_a_table_of_their_own() -> None:
+    record = {"benchmark": "reuse_documents", "model": "m", "facts_per_document": 20, "cases": 9}
+    lines = [line("a"), *(json.dumps(record | {"quality": q, "reused": 0.5, "ms": 2.0}) for q in "ab")]
+    ((documents, rows),) = read_documents(lines).items()
+    assert document_title(documents) == "m, two documents of 20 facts in a question, 9 cases"
+    assert table(rows, DOCUMENT_COLUMNS, "quality").splitlines() == [
+        "| quality | reused | ms to the first token |",
+        "| --- | --- | --- |",
+        "| a | 50% | 2 |",
+        "| b | 50% | 2 |",
     ]
