@@ -13,6 +13,7 @@ from benchmarks.reuse.cases import recall_cases
 from benchmarks.reuse.lab import Lab
 from benchmarks.reuse.measures import divergence
 from benchmarks.reuse.ways import adapted, computed, exact, ways
+from benchmarks.reuse_documents import measure as measure_documents
 from benchmarks.reuse_product import Bench
 from benchmarks.reuse_product import measure as measure_product
 from kv_agent.engines.vllm_local import VllmEngine
@@ -90,6 +91,7 @@ def test_the_product_is_measured_through_its_own_interface(tmp_path: Path) -> No
         rows = {
             str(row["quality"]): row for row in measure_product(bench, ("fast", "balanced", "exact"), 4, 3, 2)
         }
+        told = {str(row["quality"]): row for row in measure_documents(bench, 15, 2)}
     assert list(rows) == ["computed", "fast", "balanced", "exact"]
     for name, row in rows.items():
         shares = [float(str(row[part])) for part in ("exact", "adapted", "local", "computed")]
@@ -101,3 +103,8 @@ def test_the_product_is_measured_through_its_own_interface(tmp_path: Path) -> No
     assert rows["fast"]["adapted"] > rows["fast"]["computed"]
     assert rows["fast"]["repaired_tokens"] == 0.0 < rows["balanced"]["repaired_tokens"]
     assert rows["fast"]["requests"] == 2.0 < rows["balanced"]["requests"]
+    assert list(told) == ["computed", "fast", "balanced"]
+    assert told["computed"]["reused"] == 0.0
+    assert told["fast"]["adapted"] > 0.2
+    assert told["fast"]["reused_again"] >= told["fast"]["reused"] > told["fast"]["adapted"]
+    assert told["fast"]["requests_again"] == 1.0 < told["fast"]["requests"] < told["balanced"]["requests"]
