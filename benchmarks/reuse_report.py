@@ -121,6 +121,24 @@ def table(rows: Rows, columns: Mapping[str, str] = COLUMNS, first: str = "way") 
     return "\n".join(f"| {' | '.join(each)} |" for each in cells)
 
 
+def overview(found: Mapping[Measured, Rows], task: str) -> str:
+    """All settings of a task in one table: a column for each way."""
+    settings = {one: rows for one, rows in found.items() if one.setting.task == task}
+    ways = list(dict.fromkeys(way for rows in settings.values() for way in rows))
+    cells = [["setting", *ways], ["---"] * (len(ways) + 1)]
+    for one, rows in settings.items():
+        cells.append([title(one), *(_unchanged(rows[way]) if way in rows else "" for way in ways)])
+    return "\n".join(f"| {' | '.join(each)} |" for each in cells)
+
+
+def _unchanged(row: Row) -> str:
+    """Right answers and those like computing's, or the greedy tokens agreed; and what it computed of them."""
+    shown = f"{row['agreed']:.2f}"
+    if "right" in row:
+        shown = f"{row['right']:.3f}, {row['same_answer']:.3f}"
+    return f"{shown} ({row['repaired']:.0%})" if 0 < row["repaired"] < 1 else shown
+
+
 def title(measured: Measured) -> str:
     setting = measured.setting
     parts = [f"{measured.model}, {setting.task}: {setting.memories} memories, {setting.cases} cases"]
@@ -200,6 +218,8 @@ def main() -> None:
     args = parser.parse_args()
     lines = args.results.read_text(encoding="utf-8").splitlines()
     found = read(lines)
+    for task in dict.fromkeys(one.setting.task for one in found):
+        print(f"{overview(found, task)}\n")
     for measured, rows in found.items():
         print(f"{title(measured)}\n\n{table(rows)}\n")
     for product, rows in read_product(lines).items():

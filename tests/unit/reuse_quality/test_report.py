@@ -11,6 +11,7 @@ from benchmarks.reuse_report import (
     DOCUMENT_COLUMNS,
     PRODUCT_COLUMNS,
     document_title,
+    overview,
     plot,
     product_title,
     read,
@@ -93,4 +94,21 @@ def test_documents_have_a_table_of_their_own() -> None:
         "| --- | --- | --- |",
         "| a | 50% | 2 |",
         "| b | 50% | 2 |",
+    ]
+
+
+def test_the_overview_has_a_row_for_each_setting_of_a_task() -> None:
+    shuffled = Setting(memories=5, cases=9, shuffled=True)
+    stories = Setting(task="stories", memories=2, cases=9)
+    lines = [
+        line("computed", exact_tokens=0, adapted_tokens=0, right=1.0),
+        line("links"),
+        line("links", setting=shuffled, repaired_tokens=0, same_answer=0.75),
+        line("links", setting=stories),
+    ]
+    assert overview(read(lines), "recall").splitlines() == [
+        "| setting | computed | links |",
+        "| --- | --- | --- |",
+        "| m, recall: 5 memories, 9 cases | 1.000, 1.000 | 0.500, 1.000 (10%) |",
+        "| m, recall: 5 memories, 9 cases, in any order |  | 0.500, 0.750 |",
     ]
