@@ -200,6 +200,8 @@ def _plain(setting: Setting) -> Setting:
 
 
 def _repaired_share(record: Row) -> float:
+    if record["way"] == "no memory":
+        return 0.0
     if not record["exact_tokens"] and not record["adapted_tokens"]:
         return 1.0
     return float(record["repaired_tokens"] / record["memory_tokens"])

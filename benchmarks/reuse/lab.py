@@ -24,12 +24,17 @@ KV_CODEC = f"raw {DTYPE}"  # the store keeps KV as the engine has it; it has no 
 class Plan:
     """Where stored chunks go: ``(chunk, position, tokens left out)``. No chunk: everything is computed.
 
-    ``repaired`` counts memory tokens that were computed in their place for this plan.
+    ``repaired`` counts memory tokens that were computed in their place for this plan. Without ``memories``
+    the question is asked as if there were none.
     """
 
     placed: tuple[tuple[ChunkKey, int, int], ...] = ()
     salt: str
     repaired: int = 0
+    memories: bool = True
+
+    def prompt(self, case: Case) -> Tokens:
+        return case.prompt if self.memories else (*case.prefix, *case.fresh)
 
     def options(self, fresh_start: int) -> dict[str, Any]:
         if not self.placed:
@@ -117,7 +122,7 @@ class Lab:
         return self.engine.run(
             [
                 Call(
-                    token_ids=case.prompt,
+                    token_ids=plan.prompt(case),
                     max_tokens=max_tokens,
                     options=plan.options(len(case.prompt) - len(case.fresh)),
                     cache_salt=plan.salt,
@@ -129,17 +134,18 @@ class Lab:
 
     def next_tokens(self, case: Case, plan: Plan) -> list[Mapping[int, float]]:
         """Log-probabilities of all tokens behind each token of the fresh turn."""
-        fresh_start = len(case.prompt) - len(case.fresh)
+        prompt = plan.prompt(case)
+        fresh_start = len(prompt) - len(case.fresh)
         calls = [
             Call(
-                token_ids=case.prompt[:end],
+                token_ids=prompt[:end],
                 max_tokens=1,
                 options=plan.options(fresh_start),
                 cache_salt=plan.salt,
                 ignore_eos=True,
                 logprobs=self.top,
             )
-            for end in range(fresh_start + 1, len(case.prompt) + 1)
+            for end in range(fresh_start + 1, len(prompt) + 1)
         ]
         return [done.logprobs[0] for done in self.engine.run(calls)]
 

@@ -13,6 +13,9 @@ LONGEST_CONTEXT = 4096
 
 _MOST_WAYS = (
     "computed",
+    "computed again",
+    "no memory",
+    "exact",
     "adapted",
     "adapted, 1 link tokens",
     "adapted, 2 link tokens",
@@ -52,6 +55,7 @@ class Planned(NamedTuple):
 
 
 STANDARD = (
+    *(Planned(Setting(memories=number), _MOST_WAYS) for number in (1, 2)),
     *(Planned(Setting(memories=number, cases=300), _MOST_WAYS) for number in (5, 20)),
     Planned(Setting(memories=20, shuffled=True), _FEW_WAYS, 0),
     *(

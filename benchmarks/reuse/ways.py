@@ -21,6 +21,12 @@ def computed(case: Case, *, again: bool = False) -> Steps:
     return Plan(salt=f"{case.name}/{'again' if again else 'full'}/{len(case.memories)}")
 
 
+def forgotten(case: Case) -> Steps:
+    """The question alone."""
+    yield from ()
+    return Plan(salt=f"{case.name}/alone/{len(case.memories)}", memories=False)
+
+
 def exact(case: Case) -> Steps:
     """The memories were computed as one conversation, and all of it is put back."""
     behind = case.prompt[len(case.prefix) : len(case.prompt) - len(case.fresh)]
@@ -83,6 +89,7 @@ def ways(neutral: Tokens) -> dict[str, Way]:
     found: dict[str, Way] = {
         "computed": computed,
         "computed again": partial(computed, again=True),
+        "no memory": forgotten,
         "exact": exact,
         "adapted": adapted,
     }

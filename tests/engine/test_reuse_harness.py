@@ -12,10 +12,11 @@ from transformers import AutoConfig
 from benchmarks.reuse.cases import recall_cases
 from benchmarks.reuse.lab import Lab
 from benchmarks.reuse.measures import divergence
-from benchmarks.reuse.ways import adapted, computed, exact, ways
+from benchmarks.reuse.ways import adapted, computed, exact, forgotten, ways
 from benchmarks.reuse_documents import measure as measure_documents
 from benchmarks.reuse_product import Bench
 from benchmarks.reuse_product import measure as measure_product
+from kv_agent.engines.base import Call
 from kv_agent.engines.vllm_local import VllmEngine
 from kv_agent.prompting import ChatPrompts
 from tests.engine import support
@@ -65,6 +66,7 @@ def test_every_way_that_puts_back_puts_back_all_of_the_memories(lab: Lab) -> Non
         (plan,) = lab.plans([way(case)])
         (done,) = lab.answers([(case, plan)], 1)
         assert not done.reuse.refused, name
+        assert len(lab.next_tokens(case, plan)) == len(case.fresh), name
         if plan.placed:
             assert done.reuse.exact + done.reuse.adapted == length, name
 
@@ -108,3 +110,14 @@ def test_the_product_is_measured_through_its_own_interface(tmp_path: Path) -> No
     assert told["fast"]["adapted"] > 0.2
     assert told["fast"]["reused_again"] >= told["fast"]["reused"] > told["fast"]["adapted"]
     assert told["fast"]["requests_again"] == 1.0 < told["fast"]["requests"] < told["balanced"]["requests"]
+
+
+def test_without_memories_the_question_stands_alone(lab: Lab) -> None:
+    prompts = ChatPrompts(lab.engine.tokenizer)
+    (case,) = recall_cases(prompts, 3, 1, system_prompt="Be brief.")
+    (plan,) = lab.plans([forgotten(case)])
+    (done,) = lab.answers([(case, plan)], 8)
+    bare = case.prompt[: len(case.prefix)] + case.fresh
+    (expected,) = lab.engine.run([Call(token_ids=bare, max_tokens=8)])
+    assert done.reuse.computed + done.reuse.local == len(bare)
+    assert done.token_ids == expected.token_ids
