@@ -1,4 +1,4 @@
-"""The ``kv-agent`` command: look at a store, check it, and forget memories. Needs no engine."""
+"""The ``kv-agent`` command: look at a store, check it, move memories and forget them. Needs no engine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ from typing import Any, NamedTuple
 from kv_agent.chunks import ChunkRecord, Scope, TurnId, TurnRecord
 from kv_agent.config import STORE_ENV, default_store_dir
 from kv_agent.errors import ConfigError, KVAgentError
+from kv_agent.storage.archive import Archive
+from kv_agent.storage.blobs import existing_file, new_file
+from kv_agent.storage.checking import Inspection
+from kv_agent.storage.garbage import GRACE_S, Garbage
 from kv_agent.storage.store import LocalStore
+from kv_agent.storage.transfer import export_turns, import_archive
 
 _TEXT_WIDTH = 60
 
@@ -36,13 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # not every terminal can show every memory
+    folder = getattr(args, "folder", None) or getattr(args, "store", None) or default_store_dir()
     try:
-        store = _open_store(getattr(args, "store", None) or default_store_dir())
-        try:
-            store.forget_expired(time.time())
-            report: Report = args.command(store, args)
-        finally:
-            store.close()
+        report = _import(folder, args) if args.command is _import else _on_store(folder, args)
     except KVAgentError as err:
         print(f"kv-agent: {_printable(str(err))}", file=sys.stderr)
         return 1
@@ -53,11 +54,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return report.exit_code
 
 
+def _on_store(folder: Path, args: argparse.Namespace) -> Report:
+    store = _open_store(folder)
+    try:
+        if args.command is not _gc:  # which does so itself, and tells
+            store.forget_expired(time.time())
+        report: Report = args.command(store, args)
+    finally:
+        store.close()
+    return report
+
+
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("--version", action="version", version=f"kv-agent {_version()}")
     text = f"the store's folder (default: {STORE_ENV}, or kv_agent in the cache folder)"
-    common.add_argument("--store", type=lambda path: Path(path).expanduser(), metavar="DIR", help=text)
+    common.add_argument("--store", type=_path, metavar="DIR", help=text)
     parser = argparse.ArgumentParser(prog="kv-agent", description=__doc__, parents=[common])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -69,7 +81,12 @@ def _parser() -> argparse.ArgumentParser:
     stats = add("stats", _stats, "count memories, chunks, tokens and bytes of all users")
     ls = add("ls", _ls, "list one user's memories, newest first")
     show = add("show", _show, "show one memory: its text, whose it is and its chunks")
-    add("verify", _verify, "read every chunk and compare files with catalog; exit code 1 on problems")
+    verify = add(
+        "verify", _verify, "read every chunk and compare files with catalog; exit code 1 on problems"
+    )
+    gc = add("gc", _gc, "delete what nobody can find any more; safe while others store")
+    export = add("export", _export, "write memories with their KV to one file")
+    load = add("import", _import, "store the memories of a file that export wrote; again changes nothing")
     forget = add("forget", _forget, "delete memories and the bytes that only they use")
 
     for name in ("namespace", "user"):
@@ -79,6 +96,20 @@ def _parser() -> argparse.ArgumentParser:
     ls.add_argument("--limit", type=int, default=20, metavar="N", help="default: %(default)s")
     show.add_argument("ids", nargs=1, metavar="MEMORY_ID")
     forget.add_argument("ids", nargs="+", metavar="MEMORY_ID")
+    text = "quarantine lost and damaged chunks and delete orphans; exit code 0 when the store is sound then"
+    verify.add_argument("--repair", action="store_true", help=text)
+    gc.add_argument("--dry-run", action="store_true", help="only tell what would be deleted")
+    text = "files without a row may be being stored until they are this old (default: %(default)s)"
+    for sub in (verify, gc):
+        sub.add_argument("--older-than", type=float, default=GRACE_S, metavar="SECONDS", help=text)
+    for sub in (export, load):
+        text = "the same as --store; import makes it if there is none"
+        sub.add_argument("folder", nargs="?", type=_path, metavar="STORE", help=text)
+        sub.add_argument("file", type=_path, metavar="FILE")
+    for name in ("namespace", "user", "agent"):
+        export.add_argument(f"--{name}", metavar="NAME", help=f"only this {name}'s memories")
+    text = "import nothing unless all memories are of this model"
+    load.add_argument("--fingerprint", metavar="F", help=text)
     for sub in (stats, ls, show):
         sub.add_argument("--json", action="store_true", help="print JSON")
     return parser
@@ -137,11 +168,56 @@ def _show(store: LocalStore, args: argparse.Namespace) -> Report:
 
 
 def _verify(store: LocalStore, args: argparse.Namespace) -> Report:
-    if problems := store.check():
-        return Report([*map(_printable, problems), f"problems: {len(problems)}"], exit_code=1)
+    found = store.inspect(args.older_than)
+    if args.repair:
+        return _repair(store, found, args.older_than)
+    young = [_printable(f"note: {sentence}") for sentence in found.young]
+    if problems := found.problems:
+        count = f"problems: {len(problems)}; `kv-agent verify --repair` puts right what can be"
+        return Report([*map(_printable, problems), *young, count], exit_code=1)
+    return Report([*young, _soundness(store)])
+
+
+def _repair(store: LocalStore, found: Inspection, older_than_s: float) -> Report:
+    quarantined = store.repair(found)
+    garbage = store.collect_garbage(older_than_s)
+    unreadable = [chunk.problem for chunk in found.bad_chunks if not chunk.is_gone]
+    left = [*unreadable, *found.beyond_repair]
+    lines = [
+        *(f"quarantined: {chunk.problem}" for chunk in quarantined),
+        *_collected(garbage, "deleted"),
+        *(f"cannot be repaired: {problem}" for problem in left),
+        f"problems left: {len(left)}" if left else _soundness(store),
+    ]
+    return Report([*map(_printable, lines)], exit_code=1 if left else 0)
+
+
+def _soundness(store: LocalStore) -> str:
     counts = store.catalog.stats()
     healthy = counts["chunks"] - counts["quarantined"]
-    return Report([f"{healthy:,} chunks are fine ({counts['quarantined']:,} quarantined ones were not read)"])
+    return f"{healthy:,} chunks are fine ({counts['quarantined']:,} quarantined ones were not read)"
+
+
+def _gc(store: LocalStore, args: argparse.Namespace) -> Report:
+    garbage = store.collect_garbage(args.older_than, dry_run=args.dry_run)
+    lines = _collected(garbage, "would delete" if args.dry_run else "deleted")
+    lines += [f"kept {path}: no file of kv_agent is named like this" for path in garbage.foreign]
+    return Report([*map(_printable, lines or ["nothing to delete"])])
+
+
+def _collected(garbage: Garbage, verb: str) -> list[str]:
+    counts = [
+        (garbage.num_turns, "memories whose time was over"),
+        (garbage.num_chunks, "chunks that no memory uses any more"),
+        (garbage.num_files, f"files that no chunk is in, {_size(garbage.file_bytes)}"),
+    ]
+    lines = [f"{verb} {count:,} {what}" for count, what in counts if count]
+    if garbage.catalog_bytes:
+        lines.append(f"the catalog is {_size(garbage.catalog_bytes)} smaller")
+    if garbage.young:
+        what = "files that may be being stored right now; --older-than 0 takes them, too"
+        lines.append(f"kept {len(garbage.young):,} {what}")
+    return lines
 
 
 def _forget(store: LocalStore, args: argparse.Namespace) -> Report:
@@ -154,10 +230,39 @@ def _forget(store: LocalStore, args: argparse.Namespace) -> Report:
     return Report([*forgotten, f"{len(gone):,} chunks deleted, {freed} freed"])
 
 
+def _export(store: LocalStore, args: argparse.Namespace) -> Report:
+    with new_file(args.file) as file:
+        done = export_turns(store, file, namespace=args.namespace, user_id=args.user, agent_id=args.agent)
+        size = _size(file.tell())
+    lines = [f"left out {turn_id}: {why}" for turn_id, why in done.left_out.items()]
+    lines.append(f"exported {done.num_turns:,} turns with {done.num_chunks:,} chunks, {size}, to {args.file}")
+    return Report([*map(_printable, lines)], exit_code=1 if done.left_out else 0)
+
+
+def _import(folder: Path, args: argparse.Namespace) -> Report:
+    with existing_file(args.file) as file:
+        archive = Archive(file)  # found whole before a store is made
+        store = LocalStore(folder, host_bytes=0)
+        try:
+            done = import_archive(store, archive, args.fingerprint)
+            store.forget_expired(time.time())
+        finally:
+            store.close()
+    lines = [f"{old} names another memory here; this one is now {new}" for old, new in done.renamed.items()]
+    known = done.num_turns - done.num_new_turns
+    lines.append(f"imported {done.num_new_turns:,} turns with {done.num_new_chunks:,} chunks")
+    lines += [f"{known:,} turns were stored already"] if known else []
+    return Report([*map(_printable, lines)])
+
+
 def _open_store(root: Path) -> LocalStore:
     if not os.path.isfile(root / "catalog.sqlite3"):  # opening it would create one
         raise ConfigError(f"there is no store in {root}; name its folder with --store or {STORE_ENV}")
     return LocalStore(root, host_bytes=0)
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
 
 
 def _known_turns(store: LocalStore, ids: Iterable[str]) -> list[TurnRecord]:

@@ -10,9 +10,13 @@ from __future__ import annotations
 import os
 import re
 import secrets
-from contextlib import suppress
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -29,6 +33,14 @@ class MissingBlobError(StorageError):
     """The store is there but the blob file is not: its chunks are lost. Quarantine them."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundFile:
+    """A file in the blob folder; ``modified`` is Unix time."""
+
+    num_bytes: int
+    modified: float
+
+
 class BlobFiles:
     """Files ``blobs/<first two characters of name>/<name>.safetensors`` under ``root``. Thread-safe."""
 
@@ -36,32 +48,28 @@ class BlobFiles:
         self._root = root
         self._durable_folders: set[Path] = set()
 
+    @staticmethod
+    def relpath(name: str) -> str:
+        """Where the file of that name is, relative to the root."""
+        if not _NAME.fullmatch(name):
+            raise StorageError(f"blob name {name!r} must be 2 to 200 letters, digits, '_' or '-'")
+        return f"{_FOLDER}/{name[:2]}/{name}.safetensors"
+
     def write(self, name: str, data: bytes) -> str:
         """Store ``data`` durably and return its path relative to the root.
 
-        An existing file of that name is replaced in one step; readers see the old or the new one.
+        An existing file of that name is replaced in one step; readers see the old or the new one. Raises
+        :class:`MissingBlobError` when the unfinished file was deleted under its feet.
         """
-        if not _NAME.fullmatch(name):
-            raise StorageError(f"blob name {name!r} must be 2 to 200 letters, digits, '_' or '-'")
-        relpath = f"{_FOLDER}/{name[:2]}/{name}.safetensors"
+        relpath = self.relpath(name)
         path = self._root / relpath
-        temporary = path.with_name(f"{name}.{secrets.token_hex(8)}.tmp")
         try:
             self._make_folder(path.parent)
-            try:
-                with open(temporary, "xb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, path)
-            except BaseException:
-                with suppress(OSError):
-                    temporary.unlink()
-                raise
-            # The rename itself survives a power loss only after this.
-            _sync_folder(path.parent)
+            with _replaced(path) as file:
+                file.write(data)
         except OSError as err:
-            raise StorageError(f"cannot store {relpath} ({len(data)} bytes) in {self._root}: {err}") from err
+            kind = MissingBlobError if isinstance(err, FileNotFoundError) else StorageError
+            raise kind(f"cannot store {relpath} ({len(data)} bytes) in {self._root}: {err}") from err
         return relpath
 
     def read_tensor(self, relpath: str, tensor_name: str) -> Tensor:
@@ -86,19 +94,31 @@ class BlobFiles:
         except OSError as err:
             raise StorageError(f"cannot delete blob {relpath} in {self._root}: {err}") from err
 
-    def sizes(self) -> dict[str, int]:
-        """Bytes of every file by relative path, including ``.tmp`` files that a crash left behind."""
-        found: dict[str, int] = {}
+    def has(self, relpath: str) -> bool:
+        """Whether the file is there; its content is not looked at."""
+        return self._resolve(relpath).is_file()
+
+    def files(self) -> dict[str, FoundFile]:
+        """Every file by relative path, including ``.tmp`` files that a crash left behind."""
+        found: dict[str, FoundFile] = {}
         try:
             for path in (self._root / _FOLDER).glob("*/*"):
                 with suppress(FileNotFoundError):  # deleted or renamed meanwhile
-                    found[path.relative_to(self._root).as_posix()] = path.stat().st_size
+                    state = path.lstat()
+                    if stat.S_ISREG(state.st_mode):
+                        relpath = path.relative_to(self._root).as_posix()
+                        found[relpath] = FoundFile(num_bytes=state.st_size, modified=state.st_mtime)
         except OSError as err:
             raise StorageError(f"cannot list the blobs in {self._root}: {err}") from err
         return found
 
+    @staticmethod
+    def owns(relpath: str) -> bool:
+        """Whether :meth:`write` could have made a file of this name."""
+        return _RELPATH.fullmatch(relpath) is not None
+
     def _resolve(self, relpath: str) -> Path:
-        if not _RELPATH.fullmatch(relpath):
+        if not self.owns(relpath):
             raise CorruptChunkError(f"blob path {relpath!r} does not name a file in the blob folder")
         return self._root / relpath
 
@@ -110,6 +130,43 @@ class BlobFiles:
         _sync_folder(folder.parent)
         _sync_folder(self._root)
         self._durable_folders.add(folder)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that is there, durably, once the block ends without an error; else what was there stays."""
+    try:
+        with _replaced(path, mode=0o600) as file:  # what is in it is as private as the store
+            yield file
+    except OSError as err:
+        raise StorageError(f"cannot write {path}: {err}") from err
+
+
+@contextmanager
+def existing_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to be read; trouble with the disk is a :class:`StorageError`."""
+    try:
+        with open(path, "rb") as file:
+            yield file
+    except OSError as err:
+        raise StorageError(f"cannot read {path}: {err}") from err
+
+
+@contextmanager
+def _replaced(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
+    temporary = path.with_name(f"{path.stem}.{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    # The rename itself survives a power loss only after this.
+    _sync_folder(path.parent)
 
 
 def _read_tensor(file: FileIO, name: str) -> Tensor:

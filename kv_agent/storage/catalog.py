@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
@@ -30,13 +29,13 @@ from kv_agent.chunks import (
     TurnRecord,
 )
 from kv_agent.errors import StorageError
-from kv_agent.storage import documents, rows, schema, turn_writes
+from kv_agent.storage import documents, rows, schema, turn_reads, turn_writes, upkeep
 from kv_agent.storage import statements as sql
 from kv_agent.storage.documents import TextHit
 from kv_agent.storage.fork_gate import ForkGate
+from kv_agent.storage.turn_reads import StoredTurn
 from kv_agent.storage.turn_writes import AddResult
-
-BUSY_TIMEOUT_S = 30.0
+from kv_agent.storage.upkeep import Dropped
 
 _FORK_GATE = ForkGate()
 
@@ -89,6 +88,7 @@ class Catalog:
         sketches: Mapping[ChunkKey, bytes] = MappingProxyType({}),
         *,
         is_part: bool = False,
+        before_commit: Callable[[], None] = lambda: None,
     ) -> AddResult:
         """Store a turn in one transaction; the bytes of ``context`` and ``chunks`` must be durable.
 
@@ -97,33 +97,42 @@ class Catalog:
         quarantined ones are replaced. A turn with the scope, fingerprint and chunks of an older one is
         that turn: its id becomes an alias. ``vectors`` and ``sketches`` are what chunks are found by: their
         pooled keys and the keys of their tokens. With ``is_part`` only ``context`` is added, to a turn that
-        must be there.
+        must be there. What ``before_commit`` raises undoes it all; nobody else writes while it runs.
         """
         with self._transaction() as db:
-            return turn_writes.add_turn(db, turn, context, chunks, vectors, sketches, is_part)
+            result = turn_writes.add_turn(db, turn, context, chunks, vectors, sketches, is_part)
+            before_commit()
+            return result
 
     def turns(self, ids: Iterable[TurnId]) -> dict[TurnId, TurnRecord]:
         """The turns that exist, by the id asked for, which may be an alias."""
         with self._transaction("BEGIN") as db:
             resolved = turn_writes.resolve(db, ids)
             turn_rows = db.execute(sql.TURNS_BY_ID, (rows.json_list(set(resolved.values())),)).fetchall()
-            found = {turn.turn_id: turn for turn in _turn_records(db, turn_rows)}
+            found = {turn.turn_id: turn for turn in turn_reads.records(db, turn_rows)}
         return {asked: found[turn_id] for asked, turn_id in resolved.items()}
 
     def list_turns(
         self, scope: Scope, limit: int = 100, before_created: float | None = None
     ) -> list[TurnRecord]:
         """Turns that ``scope`` admits, newest first, created strictly before ``before_created``."""
-        parameters = {
-            "namespace": scope.namespace,
-            "user_id": scope.user_id,
-            "agent_id": scope.agent_id,
-            "session_id": scope.session_id,
-            "before": before_created,
-            "limit": _checked_limit(limit),
-        }
+        limits = {"before": before_created, "limit": _checked_limit(limit)}
         with self._transaction("BEGIN") as db:
-            return _turn_records(db, db.execute(sql.LIST_TURNS, parameters).fetchall())
+            return turn_reads.records(
+                db, db.execute(sql.LIST_TURNS, rows.scope_to_row(scope) | limits).fetchall()
+            )
+
+    def turns_by_age(
+        self, namespace: str | None, user_id: str | None, agent_id: str | None
+    ) -> dict[TurnId, Fingerprint]:
+        """Turns of a namespace, user or agent, ``None`` being any, with their models, oldest first."""
+        parameters = {"namespace": namespace, "user_id": user_id, "agent_id": agent_id}
+        return {TurnId(row[0]): row[1] for row in self._fetch_all(sql.TURNS_BY_AGE, parameters)}
+
+    def stored_turn(self, turn_id: TurnId) -> StoredTurn | None:
+        """A turn, by its own id, with all that is needed to store it elsewhere but its chunks."""
+        with self._transaction("BEGIN") as db:
+            return turn_reads.stored(db, turn_id)
 
     def neighbours(self, turn: TurnRecord, num_turns: int) -> list[TurnRecord]:
         """Up to ``num_turns`` turns just before and just after this one in its session, oldest first.
@@ -141,17 +150,11 @@ class Catalog:
         with self._transaction("BEGIN") as db:
             before = db.execute(sql.TURNS_BEFORE, parameters).fetchall()
             after = db.execute(sql.TURNS_AFTER, parameters).fetchall()
-            return _turn_records(db, [*reversed(before), *after])
+            return turn_reads.records(db, [*reversed(before), *after])
 
     def turn_ids(self, scope: Scope, only: TurnFilter) -> frozenset[TurnId]:
         """All turns that ``scope`` and ``only`` admit."""
-        parameters = {
-            "namespace": scope.namespace,
-            "user_id": scope.user_id,
-            "agent_id": scope.agent_id,
-            "session_id": scope.session_id,
-            **rows.filter_to_row(only),
-        }
+        parameters = rows.scope_to_row(scope) | rows.filter_to_row(only)
         return frozenset(turn_id for (turn_id,) in self._fetch_all(sql.FILTERED_TURNS, parameters))
 
     def search_text(
@@ -220,18 +223,18 @@ class Catalog:
         parameters = {
             "content_keys": rows.json_list(content_keys),
             "fingerprint": fingerprint,
-            "namespace": scope.namespace,
-            "user_id": scope.user_id,
-            "agent_id": scope.agent_id,
-            "session_id": scope.session_id,
+            **rows.scope_to_row(scope),
         }
         found = self._fetch_all(sql.CHUNKS_BY_CONTENT, parameters)
         return [(rows.chunk_from_row(row), TurnId(row[-1])) for row in found]
 
-    def quarantine(self, key: ChunkKey, reason: str) -> None:
-        """No longer offer a chunk, until a turn stores it anew; the first reason stays."""
+    def quarantine(self, key: ChunkKey, reason: str, blob: str | None = None) -> bool:
+        """No longer offer a chunk, until a turn stores it anew; the first reason stays.
+
+        With ``blob`` only if its bytes are in that file still. Returns whether it was offered until now.
+        """
         with self._transaction() as db:
-            turn_writes.quarantine(db, key, reason)
+            return turn_writes.quarantine(db, key, reason, blob)
 
     # What an index follows
 
@@ -241,6 +244,10 @@ class Catalog:
         """The first changes after ``seq`` in order; an entry removed later has no vector already."""
         parameters = (fingerprint, namespace, seq, _checked_limit(limit))
         return [rows.change_from_row(row) for row in self._fetch_all(sql.CHANGES_SINCE, parameters)]
+
+    def vectors(self, keys: Iterable[ChunkKey]) -> dict[ChunkKey, bytes]:
+        """Pooled keys of these chunks, where they are stored."""
+        return {ChunkKey(key): data for key, data in self._fetch_all(sql.VECTORS, (rows.json_list(keys),))}
 
     def sketches(self, keys: Iterable[ChunkKey]) -> dict[ChunkKey, bytes]:
         """Keys of the tokens of these chunks, where they are stored."""
@@ -260,6 +267,40 @@ class Catalog:
                 ("turns", "chunks", "quarantined", "entries", "bytes", "tokens"), row or (0,) * 6, strict=True
             )
         )
+
+    # Upkeep
+
+    def drop_overdue(self, now: float, *, dry_run: bool = False) -> Dropped:
+        """Forget the turns whose time is over at ``now``, and delete chunks that no turn refers to."""
+        with self._transaction() as db:
+            dropped = upkeep.drop(db, now)
+            if dry_run:
+                db.rollback()
+            return dropped
+
+    def unnamed(self, relpaths: Iterable[str], delete: Callable[[str], None] | None = None) -> list[str]:
+        """Which of these files no row names; ``delete`` is called with each, while nobody can commit."""
+        with self._transaction("BEGIN" if delete is None else "BEGIN IMMEDIATE") as db:
+            found = [path for (path,) in db.execute(sql.UNUSED_BLOBS, (rows.json_list(relpaths),))]
+            if delete is not None:
+                for relpath in found:
+                    delete(relpath)
+            return found
+
+    def damage(self) -> list[str]:
+        """What SQLite finds wrong with the catalog file itself, in words; nothing if it is sound."""
+        with self._connection() as db:
+            return upkeep.damage(db)
+
+    def shrink(self) -> int:
+        """Give free pages back to the disk if that is worth while and quick -> bytes freed."""
+        with self._connection() as db:
+            try:
+                return upkeep.shrink(db)
+            except sqlite3.OperationalError as err:
+                if not schema.is_busy(err):
+                    raise
+                return 0  # others are writing without a break; the pages will be used again
 
     def close(self) -> None:
         """Close the connections of all threads, after what they are doing; twice is harmless."""
@@ -312,51 +353,10 @@ class Catalog:
             raise StorageError(f"catalog {self._path} is closed")
         mine: _ThreadConnection | None = getattr(self._local, "mine", None)
         if mine is None:
-            mine = _ThreadConnection(_connect(self._path))
-            _configure(mine.connection)
+            mine = _ThreadConnection(schema.connect(self._path))
             self._connections.add(mine)
             self._local.mine = mine
         return mine.connection
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    return sqlite3.connect(
-        path,
-        timeout=BUSY_TIMEOUT_S,
-        isolation_level=None,  # transactions are begun by us, never implicitly
-        check_same_thread=False,  # used by one thread, but closed by whoever forks or closes
-    )
-
-
-def _configure(connection: sqlite3.Connection) -> None:
-    _enter_wal(connection)
-    # In WAL mode the default (NORMAL) may lose the last commits at a power loss. Whoever waits for a
-    # turn is told it is durable once its row is committed, so every commit is synced.
-    connection.execute("PRAGMA synchronous = FULL")
-    connection.execute("PRAGMA foreign_keys = ON")
-
-
-def _enter_wal(db: sqlite3.Connection) -> None:
-    """Switch to WAL, which survives in the file; later connections find it so."""
-    deadline = time.monotonic() + BUSY_TIMEOUT_S
-    while True:
-        try:
-            mode = db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
-            break
-        except sqlite3.OperationalError as err:
-            # Two processes creating the file at once: SQLite refuses one without its busy timeout.
-            if err.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
-    if mode != "wal":
-        raise StorageError(f"SQLite cannot use its WAL mode here (got {mode!r}); use a local disk")
-
-
-def _turn_records(db: sqlite3.Connection, turn_rows: Sequence[rows.Row]) -> list[TurnRecord]:
-    keys: dict[TurnId, list[ChunkKey]] = {row[0]: [] for row in turn_rows}
-    for turn_id, chunk_key in db.execute(sql.CONTENT_OF_TURNS, (rows.json_list(keys),)):
-        keys[turn_id].append(chunk_key)
-    return [rows.turn_from_row(row, keys[row[0]]) for row in turn_rows]
 
 
 def _checked_limit(limit: int) -> int:

@@ -103,12 +103,20 @@ def find_tensor(header: bytes, name: str, file_bytes: int) -> TensorSpan:
         layout = json.loads(metadata["layout"])[name]
     except (ValueError, KeyError, TypeError, RecursionError) as err:
         raise CorruptChunkError(f"unreadable header, or no tensor {name!r} in it: {err!r}") from err
-    if layout != [field["dtype"], shape] or not _are_sizes([*shape, begin, end]):
+    if layout != [field["dtype"], shape] or not _is_chunk_shape(shape) or not _are_sizes([begin, end]):
         raise CorruptChunkError(f"the header contradicts itself about tensor {name!r}")
     data_start = PREFIX_BYTES + len(header)
     if end - begin != math.prod(shape) * dtype.itemsize or data_start + end > file_bytes:
         raise CorruptChunkError(f"tensor {name!r} does not fit its bytes, or the file is truncated")
     return TensorSpan(dtype=dtype, shape=tuple(shape), start=data_start + begin, end=data_start + end)
+
+
+def decode(data: bytes, name: str) -> Tensor:
+    """Tensor ``name`` of a whole blob in memory; compare its checksum, which is not done here."""
+    length = header_bytes(data[:PREFIX_BYTES], len(data))
+    span = find_tensor(data[PREFIX_BYTES : PREFIX_BYTES + length], name, len(data))
+    bits = torch.frombuffer(bytearray(data[span.start : span.end]), dtype=torch.uint8)
+    return bits.view(span.dtype).view(span.shape)
 
 
 def verify(tensor: Tensor, record: ChunkRecord) -> None:
@@ -124,12 +132,17 @@ def verify(tensor: Tensor, record: ChunkRecord) -> None:
 
 
 def _require_chunk(key: ChunkKey, tensor: Tensor) -> None:
-    if tensor.dim() != 5 or tensor.shape[1] != 2:
+    if tensor.dim() != 5 or tensor.shape[1] != 2 or not tensor.numel():
         raise ValueError(f"chunk {key} must be [L, 2, T, H, D], got {tuple(tensor.shape)}")
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
         raise ValueError(f"chunk {key} must be contiguous on the CPU, got {tensor.device}")
     if tensor.dtype not in _DTYPE_NAMES:
         raise ValueError(f"chunk {key} has dtype {tensor.dtype}; known: {', '.join(_DTYPES)}")
+
+
+def _is_chunk_shape(shape: object) -> bool:
+    # Without a zero, a product that fits the file bounds every factor, so torch can represent the shape.
+    return isinstance(shape, list) and len(shape) == 5 and _are_sizes(shape) and 0 not in shape
 
 
 def _are_sizes(values: list[Any]) -> bool:

@@ -40,16 +40,22 @@ def turn_to_row(turn: TurnRecord) -> dict[str, Any]:
     return {
         "turn_id": turn.turn_id,
         "digest": turn_digest(turn),
-        "namespace": turn.scope.namespace,
-        "user_id": turn.scope.user_id,
-        "agent_id": turn.scope.agent_id,
-        "session_id": turn.scope.session_id,
+        **scope_to_row(turn.scope),
         "fingerprint": turn.fingerprint,
         "num_tokens": turn.num_tokens,
         "text": turn.text,
         "created": turn.created,
         "metadata": json.dumps(dict(turn.metadata)),
         "expires": turn.expires,
+    }
+
+
+def scope_to_row(scope: Scope) -> dict[str, Any]:
+    return {
+        "namespace": scope.namespace,
+        "user_id": scope.user_id,
+        "agent_id": scope.agent_id,
+        "session_id": scope.session_id,
     }
 
 

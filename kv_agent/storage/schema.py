@@ -1,4 +1,4 @@
-"""Tables of the catalog and the ordered migrations that make them."""
+"""How a catalog is opened: its connections, its tables and the ordered migrations that make them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import json
 import sqlite3
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 from kv_agent.errors import StorageError
 from kv_agent.storage.words import words
+
+BUSY_TIMEOUT_S = 30.0
 
 
 class Database(Protocol):
@@ -81,6 +84,47 @@ def require_fts5(db: Database) -> None:
             f"SQLite {sqlite3.sqlite_version} of this Python was built without FTS5, which the catalog"
             " needs to search text; use a Python whose sqlite3 module has it"
         ) from err
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """A connection as every user of a catalog needs it; the file is made if there is none."""
+    connection = sqlite3.connect(
+        path,
+        timeout=BUSY_TIMEOUT_S,
+        isolation_level=None,  # transactions are begun by us, never implicitly
+        check_same_thread=False,  # used by one thread, but closed by whoever forks or closes
+    )
+    try:
+        _enter_wal(connection)
+        # In WAL mode the default (NORMAL) may lose the last commits at a power loss. Whoever waits for a
+        # turn is told it is durable once its row is committed, so every commit is synced.
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def is_busy(err: sqlite3.OperationalError) -> bool:
+    """Whether others hold the lock that was needed."""
+    return err.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
+
+
+def _enter_wal(db: sqlite3.Connection) -> None:
+    """Switch to WAL, which survives in the file; later connections find it so."""
+    deadline = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        try:
+            mode = db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+            break
+        except sqlite3.OperationalError as err:
+            # Two processes creating the file at once: SQLite refuses one without its busy timeout.
+            if not is_busy(err) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+    if mode != "wal":
+        raise StorageError(f"SQLite cannot use its WAL mode here (got {mode!r}); use a local disk")
 
 
 def migrate(db: Database) -> None:

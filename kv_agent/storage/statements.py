@@ -44,6 +44,10 @@ REVIVE_CHUNK = """
 """
 SET_MISSING_VECTOR = "UPDATE chunks SET vector = ? WHERE key = ? AND vector IS NULL"
 INSERT_SKETCH = "INSERT OR IGNORE INTO sketches (chunk_key, keys) VALUES (?, ?)"
+VECTORS = """
+    SELECT key, vector FROM chunks
+    WHERE key IN (SELECT value FROM json_each(?)) AND vector IS NOT NULL
+"""
 SKETCHES = "SELECT chunk_key, keys FROM sketches WHERE chunk_key IN (SELECT value FROM json_each(?))"
 UNKNOWN_CHUNKS = """
     SELECT DISTINCT value FROM json_each(:keys)
@@ -60,7 +64,10 @@ CHILD_LENGTHS = """
     SELECT DISTINCT num_tokens FROM chunks WHERE parent = ? AND quarantine_reason IS NULL
     ORDER BY num_tokens
 """
-QUARANTINE_CHUNK = "UPDATE chunks SET quarantine_reason = ? WHERE key = ? AND quarantine_reason IS NULL"
+QUARANTINE_CHUNK = """
+    UPDATE chunks SET quarantine_reason = :reason
+    WHERE key = :key AND quarantine_reason IS NULL AND (:blob IS NULL OR blob = :blob)
+"""
 
 # Turns
 SAME_TURN = "SELECT turn_id FROM turns WHERE digest = ?"
@@ -86,7 +93,14 @@ PROLONG_TURN = """
 EXPIRED_TURNS = "SELECT turn_id FROM turns WHERE expires <= ?"
 INSERT_ALIAS = "INSERT INTO turn_aliases (alias, turn_id) VALUES (?, ?)"
 INSERT_TURN_CHUNK = "INSERT INTO turn_chunks (turn_id, role, idx, chunk_key) VALUES (?, ?, ?, ?)"
-CONTEXT_OF_TURN = "SELECT chunk_key FROM turn_chunks WHERE turn_id = ? AND role = 'context'"
+CONTEXT_OF_TURN = "SELECT chunk_key FROM turn_chunks WHERE turn_id = ? AND role = 'context' ORDER BY idx"
+ALIASES_OF_TURN = "SELECT alias FROM turn_aliases WHERE turn_id = ? ORDER BY alias"
+TURNS_BY_AGE = """
+    SELECT turn_id, fingerprint FROM turns
+    WHERE (:namespace IS NULL OR namespace = :namespace) AND (:user_id IS NULL OR user_id = :user_id)
+        AND (:agent_id IS NULL OR agent_id = :agent_id)
+    ORDER BY created, turn_id
+"""
 TURNS_BY_ID = f"SELECT {TURN_COLUMNS} FROM turns t WHERE t.turn_id IN (SELECT value FROM json_each(?))"
 CONTENT_OF_TURNS = """
     SELECT turn_id, chunk_key FROM turn_chunks
@@ -183,6 +197,20 @@ DELETE_UNUSED_CHUNKS = """
     DELETE FROM chunks WHERE key IN (SELECT value FROM json_each(?))
         AND NOT EXISTS (SELECT 1 FROM turn_chunks WHERE chunk_key = key)
 """
+
+# Upkeep
+UNREFERENCED_CHUNKS = """
+    SELECT key FROM chunks WHERE NOT EXISTS (SELECT 1 FROM turn_chunks WHERE chunk_key = key)
+"""
+COUNT_CHUNKS = "SELECT count(*) FROM chunks"
+PAGES = """
+    SELECT page_size, page_count, freelist_count
+    FROM pragma_page_size, pragma_page_count, pragma_freelist_count
+"""
+INTEGRITY = "PRAGMA integrity_check(20)"
+FOREIGN_KEYS = 'SELECT DISTINCT "table", parent FROM pragma_foreign_key_check'
+VACUUM = "VACUUM"
+TRUNCATE_WAL = "PRAGMA wal_checkpoint(TRUNCATE)"
 
 # Entries and changes
 LAST_ENTRY = "SELECT coalesce(max(entry_id), 0) FROM entries"

@@ -10,16 +10,19 @@ import logging
 import re
 import secrets
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from kv_agent.chunks import ChunkKey, ChunkRecord, ContentKey, TurnId, TurnRecord
-from kv_agent.errors import CorruptChunkError, StorageError
-from kv_agent.storage import codec
+from kv_agent.errors import StorageError
+from kv_agent.storage import checking, codec, garbage
 from kv_agent.storage.blobs import BlobFiles, MissingBlobError
 from kv_agent.storage.catalog import Catalog
+from kv_agent.storage.checking import BadChunk, Inspection
+from kv_agent.storage.garbage import GRACE_S, Garbage
 from kv_agent.storage.lru import ChunkCache
 from kv_agent.storage.turn_writes import AddResult, UnknownChunkError
 
@@ -61,6 +64,7 @@ class LocalStore:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as err:
             raise StorageError(f"cannot create the store directory {root}: {err}") from err
+        self._root = root
         self._blobs = BlobFiles(root)
         self._cache = ChunkCache(host_bytes)
         self._catalog = Catalog(root / "catalog.sqlite3")
@@ -72,7 +76,7 @@ class LocalStore:
     def put_turn(
         self,
         turn: TurnRecord,
-        context: Sequence[NewChunk],
+        context: Sequence[NewChunk | ChunkKey],
         content: Sequence[NewChunk],
         *,
         is_part: bool = False,
@@ -80,10 +84,10 @@ class LocalStore:
         """Store a turn and those of its chunks whose bytes the store does not have yet.
 
         When this returns, the turn survives a crash. Content chunks named in ``turn.chunk_keys`` may
-        be left out of ``content`` when they are stored already. With ``is_part`` context is added to a turn
-        that must be there.
+        be left out of ``content`` when they are stored already, and such context be given as a bare key.
+        With ``is_part`` context is added to a turn that must be there.
         """
-        given = {chunk.key for chunk in (*context, *content)}
+        given = {chunk.key for chunk in (*context, *content) if isinstance(chunk, NewChunk)}
         for _ in range(_PUT_ATTEMPTS - 1):
             try:
                 return self._put_turn(turn, context, content, is_part)
@@ -135,47 +139,78 @@ class LocalStore:
         }
 
     def check(self) -> list[str]:
-        """Compare rows with files, reading every byte -> problems in words, none if all is well."""
-        files_before = self._blobs.sizes()
-        used_blobs: set[str] = set()
-        problems: list[str] = []
-        for record in self._catalog.all_chunks():
-            used_blobs.add(record.blob)
-            if not record.quarantined and (problem := self._problem_with(record)):
-                problems.append(problem)
-        # Listed before the rows and still there after them: not a file that a turn stored or forgotten
-        # meanwhile explains.
-        orphans = files_before.keys() & self._blobs.sizes().keys() - used_blobs
-        problems += [
-            f"file {relpath} ({files_before[relpath]} bytes) belongs to no chunk: a crash left it, or it"
-            " is being stored right now"
-            for relpath in sorted(orphans)
-        ]
-        return problems
+        """Compare rows with files, reading every byte -> problems in words, none if all is well.
+
+        A file that is being stored right now is one of them, see :meth:`inspect`.
+        """
+        found = self.inspect(older_than_s=0)
+        return [*found.problems, *found.young]
+
+    def inspect(self, older_than_s: float = GRACE_S) -> Inspection:
+        """As :meth:`check`; a file without a row is a problem once it is ``older_than_s`` seconds old."""
+        return checking.inspect(self._catalog, self._blobs, self._read, older_than_s)
+
+    def repair(self, found: Inspection) -> list[BadChunk]:
+        """Quarantine the chunks whose bytes are lost or damaged -> those that now are.
+
+        Computing their tokens again stores them again. Files are for :meth:`collect_garbage`.
+        """
+        quarantined = []
+        for bad in found.bad_chunks:
+            key, blob = bad.record.key, bad.record.blob
+            if bad.is_gone and self._catalog.quarantine(key, bad.problem, blob):
+                self._cache.discard(key)
+                quarantined.append(bad)
+        return quarantined
+
+    def collect_garbage(self, older_than_s: float = GRACE_S, *, dry_run: bool = False) -> Garbage:
+        """Delete what nobody can find any more; safe while others store.
+
+        That is turns whose time is over, chunks of no turn, files ``older_than_s`` seconds old that no row
+        names, and free pages of the catalog. A dry run only tells.
+        """
+        return garbage.collect(
+            self._root, self._catalog, self._blobs, older_than_s=older_than_s, dry_run=dry_run
+        )
 
     def close(self) -> None:
         """Close the catalog; twice is harmless."""
         self._catalog.close()
 
     def _put_turn(
-        self, turn: TurnRecord, context: Sequence[NewChunk], content: Sequence[NewChunk], is_part: bool
+        self,
+        turn: TurnRecord,
+        context: Sequence[NewChunk | ChunkKey],
+        content: Sequence[NewChunk],
+        is_part: bool,
     ) -> AddResult:
-        chunks = {chunk.key: chunk for chunk in (*context, *content)}
+        chunks = {chunk.key: chunk for chunk in (*context, *content) if isinstance(chunk, NewChunk)}
         stored = self._catalog.chunks(chunks)
         live = {key for key, record in stored.items() if not record.quarantined}
         new = {key: chunk for key, chunk in chunks.items() if key not in live}
-        blob = self._write_blob(turn, new)
+        name = _blob_name(turn)
+        blob = self._blobs.relpath(name)
         records = {key: _record(chunk, turn, blob) for key, chunk in new.items()}
+
+        def write_missing_blob() -> None:
+            if new and not self._blobs.has(blob):
+                data = codec.encode({key: chunk.kv for key, chunk in new.items()}, turn.fingerprint)
+                self._blobs.write(name, data)
+
+        with suppress(MissingBlobError):  # collected as garbage while it was written; see before_commit
+            write_missing_blob()
         try:
             result = self._catalog.add_turn(
                 turn,
                 # A live context chunk goes by its key alone: were it forgotten meanwhile, a record would
                 # bring back its row without its bytes.
-                [records.get(chunk.key, chunk.key) for chunk in context],
+                [records.get(key, key) for key in map(_key_of, context)],
                 [records[chunk.key] for chunk in content if chunk.key in records],
                 {key: chunk.vector for key, chunk in chunks.items() if chunk.vector is not None},
                 {key: chunk.sketch for key, chunk in chunks.items() if chunk.sketch is not None},
                 is_part=is_part,
+                # Whoever collected it meanwhile needs the lock that is held now to do so again.
+                before_commit=write_missing_blob,
             )
         except (StorageError, ValueError):
             self._delete_unused([blob] if new else [])
@@ -186,15 +221,6 @@ class LocalStore:
         for key in result.new_chunks:
             self._cache.put(key, new[key].kv)
         return result
-
-    def _write_blob(self, turn: TurnRecord, chunks: dict[ChunkKey, NewChunk]) -> str:
-        if not chunks:
-            return ""
-        data = codec.encode({key: chunk.kv for key, chunk in chunks.items()}, turn.fingerprint)
-        # Unique, because the same turn id may be stored again - by a retry, another process or a
-        # re-capture - and then must neither replace nor delete a file that rows already name.
-        readable = re.sub(r"[^0-9A-Za-z_-]", "_", turn.turn_id)[:64]
-        return self._blobs.write(f"{readable}-{secrets.token_hex(8)}", data)
 
     def _delete_unused(self, relpaths: Iterable[str]) -> None:
         for relpath in relpaths:
@@ -208,18 +234,16 @@ class LocalStore:
         codec.verify(tensor, record)
         return tensor
 
-    def _problem_with(self, record: ChunkRecord) -> str | None:
-        try:
-            self._read(record)
-        except StorageError as err:
-            # Not a problem if it was forgotten, quarantined or replaced while we looked.
-            if self._catalog.chunks([record.key]).get(record.key) != record:
-                return None
-            kind = "lost" if isinstance(err, MissingBlobError) else "damaged"
-            if not isinstance(err, MissingBlobError | CorruptChunkError):
-                kind = "unreadable"
-            return f"chunk {record.key} is {kind}: {err}"
-        return None
+
+def _key_of(chunk: NewChunk | ChunkKey) -> ChunkKey:
+    return chunk.key if isinstance(chunk, NewChunk) else chunk
+
+
+def _blob_name(turn: TurnRecord) -> str:
+    # Unique, because the same turn id may be stored again - by a retry, another process or a re-capture -
+    # and then must neither replace nor delete a file that rows already name.
+    readable = re.sub(r"[^0-9A-Za-z_-]", "_", turn.turn_id)[:64]
+    return f"{readable}-{secrets.token_hex(8)}"
 
 
 def _record(chunk: NewChunk, turn: TurnRecord, blob: str) -> ChunkRecord:

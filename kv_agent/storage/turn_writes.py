@@ -20,6 +20,10 @@ class UnknownChunkError(StorageError):
         self.keys = keys
 
 
+class TurnIdTakenError(StorageError):
+    """The id of a turn names a different one already."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AddResult:
     """What adding a turn changed; ``turn_id`` is the turn that holds it, maybe an older one.
@@ -78,12 +82,21 @@ def forget(db: Database, turn_ids: Iterable[TurnId]) -> tuple[str, ...]:
     return tuple(blob for (blob,) in db.execute(sql.UNUSED_BLOBS, (blobs,)))
 
 
-def quarantine(db: Database, key: ChunkKey, reason: str) -> None:
+def quarantine(db: Database, key: ChunkKey, reason: str, blob: str | None) -> bool:
     """See :meth:`kv_agent.storage.catalog.Catalog.quarantine`."""
-    if db.execute(sql.QUARANTINE_CHUNK, (reason, key)).rowcount:
-        db.execute(sql.RECORD_CHUNK_REMOVED, (key,))
-        db.execute(sql.DELETE_CHUNK_ENTRIES, (key,))
+    quarantined = bool(
+        db.execute(sql.QUARANTINE_CHUNK, {"key": key, "reason": reason, "blob": blob}).rowcount
+    )
+    if quarantined:
+        remove_entries(db, key)
         documents.remove_dead(db, key)
+    return quarantined
+
+
+def remove_entries(db: Database, key: ChunkKey) -> None:
+    """Take a chunk out of the index, with a record of it."""
+    db.execute(sql.RECORD_CHUNK_REMOVED, (key,))
+    db.execute(sql.DELETE_CHUNK_ENTRIES, (key,))
 
 
 def resolve(db: Database, ids: Iterable[TurnId]) -> dict[TurnId, TurnId]:
@@ -153,7 +166,7 @@ def _put_turn(
     same = db.execute(sql.SAME_TURN, (rows.turn_digest(turn),)).fetchone()
     taken = db.execute(sql.RESOLVE_TURN, {"id": turn.turn_id}).fetchone()
     if taken is not None and taken != same:
-        raise StorageError(f"turn id {turn.turn_id} already names a different turn")
+        raise TurnIdTakenError(f"turn id {turn.turn_id} already names a different turn")
     turn_id: TurnId = turn.turn_id if same is None else same[0]
     if same is None and is_part:
         raise StorageError(f"the turn that {turn.turn_id} is a part of is not, or no longer, stored")

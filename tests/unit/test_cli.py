@@ -163,13 +163,15 @@ def test_verify_names_damaged_chunks_and_orphan_files(root: Path, capsys: pytest
     blob = root / store.catalog.chunks([key])[key].blob
     store.close()
     blob.write_bytes(blob.read_bytes()[:-1] + b"\x55")
-    (blob.parent / "left.0123.tmp").write_bytes(b"half")
+    left = blob.parent / "left.0123.tmp"
+    left.write_bytes(b"half")
+    os.utime(left, (0, 0))
 
     damaged, orphan, count = lines_of(capsys, "verify", "--store", root, code=1)
 
     assert damaged.startswith(f"chunk {key} is damaged")
     assert "left.0123.tmp" in orphan
-    assert count == "problems: 2"
+    assert count.startswith("problems: 2;")
 
 
 def test_forget_says_what_went_and_keeps_what_others_use(
@@ -194,7 +196,9 @@ def test_forget_deletes_nothing_when_an_id_is_unknown(root: Path, capsys: pytest
     assert turns_in(root) == 3
 
 
-@pytest.mark.parametrize("command", [["stats"], ["ls"], ["show", "x"], ["verify"], ["forget", "x"]])
+@pytest.mark.parametrize(
+    "command", [["stats"], ["ls"], ["show", "x"], ["verify"], ["gc"], ["forget", "x"], ["export", "x"]]
+)
 def test_a_missing_store_is_an_error_and_not_created(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]
 ) -> None:

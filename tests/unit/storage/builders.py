@@ -49,10 +49,11 @@ def chain(
     vectors: bool = True,
     parent: ChunkKey | None = None,
     dtype: torch.dtype = torch.float16,
+    fingerprint: Fingerprint = FINGERPRINT,
 ) -> list[NewChunk]:
     """Chunks of these token counts, one after the other; the same arguments give the same keys."""
     scope = scope or Scope()
-    parent = parent or root_key(FINGERPRINT, scope.namespace, scope.user_id)
+    parent = parent or root_key(fingerprint, scope.namespace, scope.user_id)
     start, chunks = 0, []
     for length in lengths:
         token_ids = tuple(range(seed * 1000 + start, seed * 1000 + start + length))
@@ -60,7 +61,7 @@ def chain(
         chunks.append(
             NewChunk(
                 key=key,
-                content_key=content_key(FINGERPRINT, token_ids),
+                content_key=content_key(fingerprint, token_ids),
                 parent=parent,
                 start=start,
                 token_ids=token_ids,

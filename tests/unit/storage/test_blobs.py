@@ -33,7 +33,7 @@ def test_a_written_blob_lies_under_its_first_two_characters_and_holds_its_bytes(
 
     assert relpath == "blobs/ab/abcd-1.safetensors"
     assert (tmp_path / relpath).read_bytes() == b"payload"
-    assert blobs.sizes() == {relpath: 7}
+    assert {path: file.num_bytes for path, file in blobs.files().items()} == {relpath: 7}
 
 
 def test_only_the_asked_tensor_is_read(blobs: BlobFiles, tmp_path: Path) -> None:
@@ -129,7 +129,9 @@ def test_a_failed_write_leaves_nothing_behind(
         with pytest.raises(StorageError, match="No space left"):
             blobs.write("ab-after", b"new")
 
-    assert blobs.sizes() == {"blobs/ab/ab-before.safetensors": 3}
+    assert {path: file.num_bytes for path, file in blobs.files().items()} == {
+        "blobs/ab/ab-before.safetensors": 3
+    }
 
 
 def test_a_full_disk_is_a_storage_error_and_leaves_nothing_behind(blobs: BlobFiles) -> None:
@@ -141,7 +143,7 @@ def test_a_full_disk_is_a_storage_error_and_leaves_nothing_behind(blobs: BlobFil
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    assert blobs.sizes() == {}
+    assert blobs.files() == {}
 
 
 def test_the_bytes_are_synced_before_the_rename_and_the_folder_after_it(
@@ -172,7 +174,7 @@ def test_deleting_twice_is_fine(blobs: BlobFiles) -> None:
     blobs.delete(relpath)
     blobs.delete(relpath)
 
-    assert blobs.sizes() == {}
+    assert blobs.files() == {}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ import pytest
 
 from kv_agent.chunks import Scope, TurnId
 from kv_agent.errors import StorageError
-from kv_agent.storage import catalog as catalog_module
 from kv_agent.storage import schema
 from kv_agent.storage.catalog import Catalog
 from tests.unit.storage.builders import turn_of
@@ -74,7 +73,7 @@ def test_a_missing_folder_is_a_storage_error_at_once(tmp_path: Path) -> None:
 def test_a_locked_catalog_is_a_storage_error_and_reading_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(catalog_module, "BUSY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(schema, "BUSY_TIMEOUT_S", 0.05)
     content = records(3)
     catalog = Catalog(tmp_path / "c")
     holder = sqlite3.connect(tmp_path / "c", isolation_level=None)

@@ -22,12 +22,6 @@ from tests.unit.storage.builders import FINGERPRINT, chain, record_of, same_bits
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.uint8]
 
 
-def decode(data: bytes, name: str) -> torch.Tensor:
-    span = codec.find_tensor(data[8 : 8 + codec.header_bytes(data[:8], len(data))], name, len(data))
-    bits = torch.tensor(list(data[span.start : span.end]), dtype=torch.uint8)
-    return bits.view(span.dtype).view(span.shape)
-
-
 @settings(max_examples=40, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
@@ -40,7 +34,7 @@ def test_encoded_chunks_come_back_bit_for_bit(lengths: list[int], dtype: torch.d
     data = codec.encode({chunk.key: chunk.kv for chunk in chunks}, FINGERPRINT)
 
     for chunk in chunks:
-        tensor = decode(data, chunk.key)
+        tensor = codec.decode(data, chunk.key)
         assert same_bits(tensor, chunk.kv)
         codec.verify(tensor, record_of(chunk))
 
@@ -77,7 +71,7 @@ def test_chunks_that_share_memory_can_go_into_one_blob() -> None:
 
     data = codec.encode(tensors, FINGERPRINT)
 
-    assert all(same_bits(decode(data, key), tensor) for key, tensor in tensors.items())
+    assert all(same_bits(codec.decode(data, key), tensor) for key, tensor in tensors.items())
 
 
 @pytest.mark.parametrize(
@@ -85,10 +79,11 @@ def test_chunks_that_share_memory_can_go_into_one_blob() -> None:
     [
         torch.zeros(2, 2, 3, 4),
         torch.zeros(2, 3, 3, 2, 4),
+        torch.zeros(2, 2, 0, 2, 4),
         torch.zeros(2, 2, 3, 2, 4).transpose(0, 2),
         torch.zeros(2, 2, 3, 2, 4, dtype=torch.complex64),
     ],
-    ids=["4 dimensions", "3 instead of 2", "not contiguous", "dtype"],
+    ids=["4 dimensions", "3 instead of 2", "no tokens", "not contiguous", "dtype"],
 )
 def test_encode_refuses_what_is_not_a_chunk(tensor: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="chunk k "):
@@ -185,7 +180,7 @@ def test_any_header_is_refused_with_a_corrupt_chunk_error(header: bytes) -> None
     ("part", "value"),
     [
         ("shape", [2, 2, 3, 2, -4]), ("shape", [2, 2, 3, 2, 4.0]), ("shape", "x"),
-        ("shape", [2, 2, 3, 2, True]),
+        ("shape", [2, 2, 3, 2, True]), ("shape", 5), ("shape", None), ("shape", [96]), ("shape", {}),
         ("data_offsets", [0]), ("data_offsets", [0, 10**30]), ("data_offsets", [-192, 0]),
         ("data_offsets", [192, 0]), ("dtype", "F99"), ("dtype", ["F16"]),
     ],
@@ -199,6 +194,17 @@ def test_header_fields_of_any_kind_are_refused(part: str, value: object) -> None
     header["__metadata__"]["layout"] = json.dumps({chunk.key: [field["dtype"], field["shape"]]})
 
     with pytest.raises(CorruptChunkError):
+        codec.find_tensor(json.dumps(header).encode(), chunk.key, len(data))
+
+
+def test_an_empty_tensor_with_a_size_torch_cannot_hold_is_refused() -> None:
+    (chunk,) = chain(3)
+    data = codec.encode({chunk.key: chunk.kv}, FINGERPRINT)
+    header = json.loads(data[8 : 8 + codec.header_bytes(data[:8], len(data))])
+    header[chunk.key] |= {"shape": [2**70, 2, 0, 2, 4], "data_offsets": [0, 0]}
+    header["__metadata__"]["layout"] = json.dumps({chunk.key: ["F16", [2**70, 2, 0, 2, 4]]})
+
+    with pytest.raises(CorruptChunkError, match="contradicts"):
         codec.find_tensor(json.dumps(header).encode(), chunk.key, len(data))
 
 
