@@ -58,6 +58,13 @@ class PagedCache:
         layer = self._layers[0]
         return 2 * self.num_layers * layer.num_kv_heads * layer.head_dim * layer.kv_cache_BHNC.element_size()
 
+    def fits(self, kv_L2THD: Tensor) -> bool:
+        """Whether this is KV of as many layers and heads as here, in the same dtype."""
+        layer = self._layers[0]
+        L, two, _, H, D = kv_L2THD.shape
+        wanted = (self.num_layers, 2, layer.num_kv_heads, layer.head_dim)
+        return (L, two, H, D) == wanted and kv_L2THD.dtype == layer.kv_cache_BHNC.dtype
+
     def read(
         self, block_ids: Sequence[int], start: int, end: int, layers: Sequence[int] | None = None
     ) -> Tensor:

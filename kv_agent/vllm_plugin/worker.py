@@ -166,6 +166,10 @@ class WorkerSide:
         kv_L2THD = self._on_device.get(chunk.record.key)
         if kv_L2THD is None:
             kv_L2THD = self._store.load(chunk.record)
+            if not self._cache.fits(kv_L2THD):  # the checksum does not cover a blob's header
+                raise CorruptChunkError(
+                    f"chunk {chunk.record.key} does not have the shape of this model's KV"
+                )
             if self._on_device.limit_bytes:
                 kv_L2THD = kv_L2THD.to(self._cache.device)
                 self._on_device.put(chunk.record.key, kv_L2THD)

@@ -46,6 +46,12 @@ class DenseCache:
     def token_bytes(self) -> int:
         return self.memory_L2SHD[:, :, 0].nbytes
 
+    def fits(self, kv_L2THD: Tensor) -> bool:
+        L, two, _, H, D = kv_L2THD.shape
+        shape = self.memory_L2SHD.shape
+        same = (L, two, H, D) == (shape[0], shape[1], shape[3], shape[4])
+        return same and kv_L2THD.dtype == self.memory_L2SHD.dtype
+
     def read(
         self, block_ids: Sequence[int], start: int, end: int, layers: Sequence[int] | None = None
     ) -> Tensor:

@@ -108,6 +108,21 @@ def test_some_layers_are_read_in_the_order_asked_for() -> None:
     assert torch.equal(some.view(torch.uint8), everything[[4, 1]].view(torch.uint8))
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype", "fits"),
+    [
+        ((2, 2, 5, 2, 6), torch.float32, True),
+        ((2, 2, 5, 2, 6), torch.bfloat16, False),
+        ((3, 2, 5, 2, 6), torch.float32, False),
+        ((2, 2, 5, 6, 2), torch.float32, False),
+    ],
+)
+def test_kv_of_another_model_does_not_fit(shape: tuple[int, ...], dtype: torch.dtype, fits: bool) -> None:
+    backends = layers_of(token_rows_nhd, token_rows_nhd, dtype=torch.float32)
+    cache = PagedCache([backend.layer() for backend in backends], SIZES.P)
+    assert cache.fits(torch.zeros(shape, dtype=dtype)) is fits
+
+
 def test_bytes_per_token_count_keys_and_values_of_all_layers() -> None:
     backends = layers_of(token_rows_nhd, token_rows_hnd, transposed_keys, dtype=torch.bfloat16)
     cache = PagedCache([backend.layer() for backend in backends], SIZES.P)

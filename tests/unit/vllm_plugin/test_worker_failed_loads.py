@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +32,14 @@ def flip_one_bit(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
+def swap_heads_and_head_size(path: Path) -> None:
+    """In both places of the header; the bytes, and so their checksum, stay."""
+    data = path.read_bytes()
+    swapped = re.sub(rb"\[3,( ?)2,( ?)(\d),( ?)2,( ?)8\]", rb"[3,\g<1>2,\g<2>\g<3>,\g<4>8,\g<5>2]", data)
+    assert swapped != data
+    path.write_bytes(swapped)
+
+
 @pytest.fixture
 def three(bench: Bench) -> list[ChunkRecord]:
     """Chunks of 6, 6 and 4 tokens in blobs of their own."""
@@ -43,7 +52,12 @@ def three(bench: Bench) -> list[ChunkRecord]:
 
 @pytest.mark.parametrize(
     ("damage", "reason"),
-    [(delete, "blob is missing"), (truncate, "blob is corrupt"), (flip_one_bit, "blob is corrupt")],
+    [
+        (delete, "blob is missing"),
+        (truncate, "blob is corrupt"),
+        (flip_one_bit, "blob is corrupt"),
+        (swap_heads_and_head_size, "blob is corrupt"),
+    ],
     ids=lambda value: getattr(value, "__name__", value),
 )
 @pytest.mark.parametrize(
