@@ -22,7 +22,9 @@ _LARGE = 14  # levels from here on have twice the tokens in a step: their dialog
 _MAX_CONTEXT = 2048
 _MAX_QUESTIONS = 48
 _MOST_SHARE = 0.4  # batches of as many facts as the level allows; the others' numbers are log-uniform
-_LAST_MOST_SHARE = 0.15  # at the last level: nothing more is to be opened, and long dialogues cost most
+_LAST_MOST_SHARE = 0.1  # at the last level: nothing more is to be opened, and long dialogues cost most
+_FEW = range(4, 15)  # facts in which two-hop questions are learnt first ...
+_FEW_SHARE = 0.6  # ... and the share of batches of so few at the last level
 _RECITED_SHARE = 0.2  # rows of a batch, the first left out, that are recited instead
 _SYSTEM_SHARE = 0.15
 _EARLIER_SHARE = 0.15  # dialogues in which some questions were answered before
@@ -87,9 +89,7 @@ class Batches(IterableDataset[Batch]):
     def _batch(self, step: int) -> Batch:
         rng = random.Random(f"{self._source.seed}/{step}")
         most = LEVELS[self._source.level]
-        # Dialogues of one shape, so that less is padding.
-        share = _MOST_SHARE if self._source.level + 1 < len(LEVELS) else _LAST_MOST_SHARE
-        shape = self._shape(most if rng.random() < share else round(most ** rng.random()), rng)
+        shape = self._shape(self._num_facts(most, rng), rng)  # one for all dialogues: less is padding
         rows: list[Row] = []
         size = 0
         wanted = self._source.tokens_per_step * (2 if most >= _LARGE else 1)
@@ -100,6 +100,15 @@ class Batches(IterableDataset[Batch]):
             rows.append(row)
             size += len(rows[-1].shared) + sum(len(one.ids) for one in rows[-1].asked)
         return collate(rows, self._encoder.pad_id)
+
+    def _num_facts(self, most: int, rng: random.Random) -> int:
+        is_last = self._source.level + 1 == len(LEVELS)
+        draw = rng.random()
+        if draw < (_LAST_MOST_SHARE if is_last else _MOST_SHARE):
+            return most
+        if is_last and draw > 1 - _FEW_SHARE:
+            return rng.choice(_FEW)
+        return round(most ** rng.random())
 
     def _shape(self, num_facts: int, rng: random.Random) -> Shape:
         config = WorldConfig(
