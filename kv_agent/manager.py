@@ -78,13 +78,14 @@ class CacheManager:
             raise
         self._index = RetrievalEngine(self._store.catalog, self._engine.fingerprint, root / "index")
         self._texts = None if embedder is None else self._text_voice(embedder, root / "index")
+        self.prompts = ChatPrompts(self._engine.tokenizer)
         self._placer = Placer(
             catalog=self._store.catalog,
             fingerprint=self._engine.fingerprint,
             chunk_tokens=int((settings or {}).get("chunk_tokens", PluginConfig().chunk_tokens)),
+            prompts=self.prompts,
             run=self._run_durably,
         )
-        self.prompts = ChatPrompts(self._engine.tokenizer)
 
     # -- what users call ----------------------------------------------------------------------------
 
@@ -110,7 +111,10 @@ class CacheManager:
         scope = scope or self._only_scope()
         self.ensure_prefix(scope, system_prompt)
         # The first tokens of a sequence draw attention whatever they are; a memory must not bring that along.
-        before = self.prompts.prefix(system_prompt) or self.prompts.neutral
+        # Where all turns open alike its opening is replaced when it is put back, see :class:`Placer`.
+        before = self.prompts.prefix(system_prompt)
+        if not before and not self.prompts.opening:
+            before = self.prompts.neutral
         token_ids = before + self.prompts.turn(prompt, response)
         self.check_length(len(token_ids) + 1, "the turn")
         call = Call(
@@ -218,12 +222,21 @@ class CacheManager:
 
     def ensure_prefix(self, scope: Scope, system_prompt: str | None) -> None:
         """Store the prefix as chunks of its own, so that memories can be placed right behind it."""
-        prefix = self.prompts.prefix(system_prompt)
-        if not prefix or self.prefix_records(scope, system_prompt):
+        self._ensure_context(scope, self.prompts.prefix(system_prompt), "the system prompt")
+
+    def ensure_opening(self, scope: Scope) -> None:
+        """Store what replaces the opening of memories that began a sequence."""
+        if self.prompts.opening and not self.prompts.prefix():
+            self._ensure_context(scope, self.prompts.neutral, "a neutral turn")  # so that chunks end there
+            self._ensure_context(scope, self.prompts.neutral + self.prompts.opening, "a neutral turn")
+
+    def _ensure_context(self, scope: Scope, token_ids: tuple[int, ...], what: str) -> None:
+        root = root_key(self.fingerprint, scope.namespace, scope.user_id)
+        if not token_ids or self._placer.chain(root, token_ids, 0):
             return
-        self.check_length(len(prefix) + 1, "the system prompt")
-        options = {"scope": scope.to_dict(), "content_start": len(prefix)}
-        self.run(Call(token_ids=prefix, max_tokens=1, options=options))
+        self.check_length(len(token_ids) + 1, what)
+        options = {"scope": scope.to_dict(), "content_start": len(token_ids)}
+        self.run(Call(token_ids=token_ids, max_tokens=1, options=options))
         self.wait_durable()
 
     def placed(self, prompt: MemoryPrompt, scope: Scope, reading: Scope, quality: Quality) -> MemoryPrompt:

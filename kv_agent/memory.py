@@ -163,6 +163,8 @@ class AgentMemory:
         memories = self.retrieve(query, top_k, mode, only=only, neighbours=neighbours) if top_k else []
         self._manager.catch_up()
         self._manager.ensure_prefix(self.scope, self._system_prompt)
+        if quality != "exact":
+            self._manager.ensure_opening(self.scope)
         manager = self._manager
         by_id = {memory.id: memory for memory in memories}
         turns = manager.store.catalog.turns(by_id)

@@ -25,6 +25,7 @@ from kv_agent.chunks import (
 )
 from kv_agent.engines.base import Call
 from kv_agent.planning import MemoryPrompt, Placed
+from kv_agent.prompting import ChatPrompts
 from kv_agent.recognition import SHORTEST_STRETCH, pieces_of, with_known_text
 from kv_agent.repair import Stretch, exact_only, stretches_of
 from kv_agent.storage.catalog import Catalog
@@ -35,11 +36,16 @@ Quality = Literal["fast", "balanced", "exact"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placer:
-    """``run`` computes a request and keeps what it computed before it returns."""
+    """``run`` computes a request and keeps what it computed before it returns.
+
+    A turn that began a sequence gets another opening where it is moved: the same tokens, computed behind a
+    neutral turn, if these are stored.
+    """
 
     catalog: Catalog
     fingerprint: Fingerprint
     chunk_tokens: int
+    prompts: ChatPrompts
     run: Callable[[Call], object]
 
     def placed(self, prompt: MemoryPrompt, scope: Scope, reading: Scope, quality: Quality) -> MemoryPrompt:
@@ -53,8 +59,6 @@ class Placer:
             return prompt  # forgotten meanwhile: the engine refuses what is missing
         if quality == "exact":
             return exact_only(prompt, chunks, root)
-        if quality == "fast" and not prompt.known_end:
-            return prompt
         return self._climbed(prompt, stretches_of(prompt, chunks), owners, root, quality == "balanced")
 
     def chain(self, context: ChunkKey, token_ids: Sequence[int], start: int) -> list[ChunkRecord]:
@@ -117,6 +121,9 @@ class Placer:
                 placed += (Placed(one.key, one.start) for one in link)
                 if link:
                     context, skip = link[-1].key, stretch.link_tokens
+            if not skip and not stretch.is_exact(context) and (opening := self._opening(stretch, root)):
+                placed.append(Placed(opening.key, stretch.start))
+                context, skip = adapted_key(context, opening.key), opening.num_tokens
             for one, record in zip(stretch.placed, stretch.records, strict=True):
                 is_exact = not skip and record.parent == context and record.start == one.start
                 placed.append(Placed(one.key, one.start + skip, skip))
@@ -124,6 +131,15 @@ class Placer:
                 skip = 0
             end = stretch.end
         return replace(prompt, placements=tuple(placed))
+
+    def _opening(self, stretch: Stretch, root: ChunkKey) -> ChunkRecord | None:
+        """What replaces the opening of a stretch that began a sequence, where it must not draw attention."""
+        opening, first = self.prompts.opening, stretch.records[0]
+        size = len(opening)
+        if first.start > 0 or not 0 < size < first.num_tokens or first.token_ids[:size] != opening:
+            return None
+        found = self.chain(root, self.prompts.neutral + opening, 0)
+        return found[-1] if found and found[-1].token_ids == opening else None
 
     def _computed(
         self, below: MemoryPrompt, context: ChunkKey, start: int, end: int, owner: TurnRecord | None

@@ -66,6 +66,14 @@ class ChatPrompts:
         """A turn that says nothing, for what must not begin a sequence."""
         return self.turn(_NEUTRAL, _NEUTRAL)
 
+    @cached_property
+    def opening(self) -> tuple[int, ...]:
+        """What every turn begins with, whatever it says; nothing without a chat template."""
+        if not self._templated:
+            return ()
+        one, other = self.turn("a"), self.turn("b")
+        return one[: _common(one, other)]
+
     def fresh(self, prompt: str) -> FreshTurn:
         """A question, ready to be answered."""
         ids = self._question(prompt)

@@ -19,10 +19,11 @@ _MOST_WAYS = (
     "adapted",
     "adapted, 1 link tokens",
     "adapted, 2 link tokens",
+    "adapted, another opening",
     "adapted, behind a neutral turn",
     "adapted, behind a neutral turn, 1 link tokens",
 )
-_FEW_WAYS = ("computed", "adapted", "adapted, 1 link tokens", "adapted, behind a neutral turn")
+_FEW_WAYS = ("computed", "adapted", "adapted, 1 link tokens", "adapted, another opening")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,13 +39,14 @@ def exact(case: Case) -> Steps:
     return _plan("exact", placed)
 
 
-def adapted(case: Case, *, link_tokens: int = 0, neutral: Tokens = ()) -> Steps:
+def adapted(case: Case, *, link_tokens: int = 0, neutral: Tokens = (), opening_behind: Tokens = ()) -> Steps:
     """Each memory was computed apart.
 
     ``link_tokens`` first tokens of every moved memory are computed in their place. ``neutral`` stood before
-    the memories when they were computed, so that none of them began a sequence.
+    the memories when they were computed, so that none of them began a sequence. Behind ``opening_behind`` the
+    first token of a moved memory was computed once more, and replaces its own.
     """
-    name = f"adapted/{link_tokens}/{len(neutral)}"
+    name = f"adapted/{link_tokens}/{len(neutral)}/{len(opening_behind)}"
     placed: list[tuple[ChunkKey, int, int]] = []
     position = repaired = 0
     first = yield from _stored((), case.prefix)
@@ -64,6 +65,11 @@ def adapted(case: Case, *, link_tokens: int = 0, neutral: Tokens = ()) -> Steps:
             for record in link:
                 placed.append((record.key, position, 0))
                 position += record.num_tokens
+        elif is_moved and opening_behind:
+            left_out = 1
+            for record in (yield from _stored((*case.prefix, *opening_behind), memory[:1])):
+                placed.append((record.key, position, 0))
+                position += 1
         for record in records:
             skip = min(left_out, record.num_tokens)
             left_out -= skip
@@ -96,6 +102,7 @@ def ways(neutral: Tokens) -> dict[str, Way]:
     for link_tokens in (1, 2, 4, 8, 16):
         found[f"adapted, {link_tokens} link tokens"] = partial(adapted, link_tokens=link_tokens)
     if neutral:
+        found["adapted, another opening"] = partial(adapted, opening_behind=neutral)
         found["adapted, behind a neutral turn"] = partial(adapted, neutral=neutral)
         for link_tokens in (1, 4, 8):
             found[f"adapted, behind a neutral turn, {link_tokens} link tokens"] = partial(

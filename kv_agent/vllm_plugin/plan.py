@@ -233,7 +233,8 @@ def _are_crumbs(moved: Sequence[PlacedChunk], limits: Limits) -> bool:
     num_runs = 0
     end, last = -1, None
     for chunk in moved:
-        num_runs += chunk.start != end or chunk.record.parent != last
+        goes_on = chunk.record.parent == last or chunk.skip > 0  # behind what replaces its beginning
+        num_runs += chunk.start != end or not goes_on
         end, last = chunk.end, chunk.record.key
     num_tokens = sum(chunk.record.num_tokens for chunk in moved)
     return num_runs > 1 and num_tokens < num_runs * limits.shortest_mean_run

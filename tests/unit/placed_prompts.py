@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import cast
 
 from kv_agent.chunks import ChunkKey, ChunkRecord, Scope, TurnId, TurnRecord
 from kv_agent.config import PlanOptions, RequestOptions, parse
 from kv_agent.engines.base import Call
 from kv_agent.placing import Placer
 from kv_agent.planning import MemoryPrompt
+from kv_agent.prompting import ChatPrompts
 from kv_agent.storage.catalog import Catalog
 from kv_agent.vllm_plugin.chains import cut_segments
 from kv_agent.vllm_plugin.plan import CheckedPlan, check_plan
 from tests.unit.vllm_plugin.builders import FINGERPRINT, LIMITS, ROOT, SCOPE, record
 
 CHUNK_TOKENS = 32
+NEUTRAL = (40_000, 40_001, 40_002, 40_003)
+OPENING = (40_000, 40_004)
 
 
 def records_of(
@@ -36,7 +41,29 @@ class World:
 
     @property
     def placer(self) -> Placer:
-        return Placer(catalog=self.catalog, fingerprint=FINGERPRINT, chunk_tokens=CHUNK_TOKENS, run=self.run)
+        return Placer(
+            catalog=self.catalog,
+            fingerprint=FINGERPRINT,
+            chunk_tokens=CHUNK_TOKENS,
+            prompts=cast(ChatPrompts, SimpleNamespace(neutral=NEUTRAL, opening=OPENING)),
+            run=self.run,
+        )
+
+    def store_opening(self) -> ChunkRecord:
+        """What replaces the opening of a memory, as context of turns without content."""
+        (neutral,) = records_of(NEUTRAL, ROOT, 0)
+        (opening,) = records_of(OPENING, neutral.key, len(NEUTRAL))
+        turn = TurnRecord(
+            turn_id=TurnId("opening"),
+            scope=SCOPE,
+            fingerprint=FINGERPRINT,
+            chunk_keys=(),
+            num_tokens=0,
+            text="",
+            created=0.0,
+        )
+        self.catalog.add_turn(turn, [neutral, opening], [], {})
+        return opening
 
     def remember(
         self, token_ids: Sequence[int], *, parent: ChunkKey = ROOT, start: int = 0, scope: Scope = SCOPE

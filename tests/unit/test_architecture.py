@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "planning": BASE | {"prompting"},
     "recognition": BASE | {"chunking", "planning"},
     "repair": BASE | {"planning"},
-    "placing": ENGINES_NEED | {"engines", "planning", "recognition", "repair"},
+    "placing": ENGINES_NEED | {"engines", "planning", "prompting", "recognition", "repair"},
     "searching": BASE | {"retrieval", "storage"},
     "manager": USER_LAYER_NEEDS | {"placing", "searching"},
     "memory": USER_LAYER_NEEDS | {"manager", "placing", "searching"},

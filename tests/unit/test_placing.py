@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kv_agent.chunks import Scope
+from kv_agent.chunks import Scope, TurnRecord
 from kv_agent.placing import Quality
 from kv_agent.planning import MemoryPrompt, build_prompt
 from kv_agent.prompting import FreshTurn
 from kv_agent.recognition import SHORTEST_STRETCH
 from kv_agent.repair import stretches_of
 from kv_agent.storage.catalog import Catalog
-from tests.unit.placed_prompts import CHUNK_TOKENS, World
+from tests.unit.placed_prompts import CHUNK_TOKENS, OPENING, World
 from tests.unit.vllm_plugin.builders import ROOT, SCOPE
 
 
@@ -135,6 +135,51 @@ def test_exact_quality_recognises_nothing_that_would_be_moved(world: World) -> N
     prompt = placed(world, asked(world, [*text(2, 9), *document, *text(3, 9)]), "exact")
     assert prompt.placements == ()
     assert world.rungs == []
+
+
+def three_memories(world: World) -> tuple[list[TurnRecord], MemoryPrompt]:
+    """Two that began a sequence and one that did not, 22 tokens each, in this order."""
+    texts = [[*OPENING, *text(seed, 20)] for seed in (1, 2, 3)]
+    turns = [world.remember(one, start=start) for one, start in zip(texts, (0, 0, 9), strict=True)]
+    keys = [key for turn in turns for key in turn.chunk_keys]
+    fresh = FreshTurn(token_ids=tuple(text(4, 9)), start=0, end=9)
+    return turns, build_prompt([], turns, world.catalog.chunks(keys), fresh, max_prompt_tokens=1000)
+
+
+def stands(world: World, prompt: MemoryPrompt) -> list[tuple[str, int, int]]:
+    plan = world.check(prompt)
+    assert plan.refused == ()
+    return [(chunk.record.key, chunk.start, chunk.skip) for chunk in plan.placed]
+
+
+def test_what_began_a_sequence_and_is_moved_gets_another_opening(world: World) -> None:
+    opening = world.store_opening()
+    turns, prompt = three_memories(world)
+    first, second, third = (turn.chunk_keys[0] for turn in turns)
+
+    found = stands(world, placed(world, prompt))
+
+    assert (first, 0, 0) in found  # exact where it is
+    assert (opening.key, 22, 0) in found
+    assert (second, 24, 2) in found
+    assert (third, 44, 0) in found  # it never began a sequence
+    assert world.check(placed(world, prompt)).reach(0) == prompt.fresh_start
+    assert world.rungs == []
+
+
+def test_links_come_before_openings(world: World) -> None:
+    opening = world.store_opening()
+    turns, prompt = three_memories(world)
+    found = stands(world, placed(world, prompt, "balanced"))
+    assert opening.key not in [key for key, _, _ in found]
+    assert (turns[1].chunk_keys[0], 24, 2) in found
+    assert len(world.rungs) == 2
+
+
+def test_without_a_stored_opening_memories_are_put_back_as_they_are(world: World) -> None:
+    turns, prompt = three_memories(world)
+    found = stands(world, placed(world, prompt))
+    assert [(turn.chunk_keys[0], 22 * number, 0) in found for number, turn in enumerate(turns)] == [True] * 3
 
 
 def test_a_rung_that_fails_leaves_a_plan_that_holds(world: World) -> None:

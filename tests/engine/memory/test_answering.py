@@ -33,8 +33,35 @@ def test_memory_turns_a_wrong_answer_into_the_right_one(manager: CacheManager) -
     }
     assert after.reuse.exact + after.reuse.adapted == sum(m.tokens for m in after.memories)
     assert after.reuse.computed == len(manager.prompts.fresh(question).token_ids)
-    assert after.reuse.chunk_ids == tuple(key for m in after.memories for key in m.chunk_ids)
+    remembered = tuple(key for m in after.memories for key in m.chunk_ids)
+    assert tuple(key for key in after.reuse.chunk_ids if key in remembered) == remembered
     assert not after.reuse.refused
+
+
+def test_a_memory_that_began_a_sequence_is_moved_with_another_opening(manager: CacheManager) -> None:
+    memory = AgentMemory(manager, user_id="opening")
+    memory.store("Dana Rossi has a camel at home.", REPLY)
+    memory.store("Milo Petrov has a llama at home.", REPLY)
+    question = "What pet does Milo Petrov have?"
+
+    answer = memory.generate(question, max_tokens=8, store=False)
+    kept = manager.stats()
+    again = memory.generate(question, max_tokens=8, store=False)
+    one = memory.generate(question, 1, max_tokens=8, store=False)
+
+    first, second = answer.memories
+    size = len(manager.prompts.opening)
+    assert size > 0
+    assert manager.stats() == kept  # the opening is computed once
+    assert (answer.reuse.exact, answer.reuse.adapted) == (first.tokens, second.tokens)
+    (opening,) = set(answer.reuse.chunk_ids) - {*first.chunk_ids, *second.chunk_ids}
+    record = manager.chunk_records([opening])[opening]
+    assert record.token_ids == manager.prompts.opening
+    assert record.start == len(manager.prompts.neutral)
+    assert again.reuse.chunk_ids == answer.reuse.chunk_ids
+    assert one.reuse.exact == second.tokens  # alone it stands where it was computed
+    assert {m.id for m in memory.list()} == {first.id, second.id}
+    assert memory.generate(question, max_tokens=8, store=False, quality="exact").reuse.adapted == 0
 
 
 def test_moved_memories_answer_like_the_same_text_computed(

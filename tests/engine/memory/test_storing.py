@@ -73,7 +73,9 @@ def test_storing_the_same_turn_twice_is_one_memory(manager: CacheManager, store:
 
 
 @pytest.mark.parametrize("system_prompt", [None, "Be brief."])
-def test_a_stored_memory_does_not_begin_a_sequence(manager: CacheManager, system_prompt: str | None) -> None:
+def test_a_stored_memory_stands_behind_the_system_prompt(
+    manager: CacheManager, system_prompt: str | None
+) -> None:
     memory = AgentMemory(manager, user_id=f"behind {system_prompt}", system_prompt=system_prompt)
     memory.store("Ida Bergman has a hen at home.", REPLY)
 
@@ -81,7 +83,7 @@ def test_a_stored_memory_does_not_begin_a_sequence(manager: CacheManager, system
     (chunk,) = manager.chunk_records(found.chunk_ids).values()
 
     assert chunk.token_ids == manager.prompts.turn("Ida Bergman has a hen at home.", REPLY)
-    assert chunk.start == len(manager.prompts.prefix(system_prompt) or manager.prompts.neutral) > 0
+    assert chunk.start == len(manager.prompts.prefix(system_prompt))
     assert [hit.id for hit in memory.retrieve("Hello.")] == [found.id]  # what stood before is no memory
 
 

@@ -314,3 +314,16 @@ def test_chunks_whose_beginning_is_computed_do_not_become_crumbs() -> None:
     options = plan_options((moved[0], 7, 7), (moved[1], 16, 7), fresh_start=18)
     plan = check(options, *moved, prompt=prompt, limits=Limits(window=1000))
     assert reasons(plan) == {}
+
+
+def test_a_chunk_and_what_replaces_its_beginning_are_one_run() -> None:
+    opening = record([1, 2], parent=ChunkKey("neutral"), start=7)
+    moved = [record([1, 2, *range(10 * i, 10 * i + 7)], start=0) for i in (1, 2)]
+    prompt = (*range(90, 96), *moved[0].token_ids, *moved[1].token_ids, *FRESH)
+    (exact,) = chain(range(90, 96))
+    options = plan_options(
+        (exact, 0), (opening, 6), (moved[0], 8, 2), (opening, 15), (moved[1], 17, 2), fresh_start=24
+    )
+    plan = check(options, exact, opening, *moved, prompt=prompt, limits=Limits(window=1000))
+    assert reasons(plan) == {}
+    assert plan.reach(0) == 24
