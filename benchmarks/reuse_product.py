@@ -88,7 +88,7 @@ class Bench:
             question, top_k, max_tokens=ANSWER_TOKENS, temperature=0.0, store=False, quality=quality
         )
         *before, _ = self._engine.ran
-        repaired = sum(done.reuse.computed for call, done in before if "probe" not in call.options)
+        repaired = sum(done.reuse.computed for call, done in before if "part_of" in call.options)
         return Trial(answer.text, answer.reuse, 1000 * answer.ttft_s, len(self._engine.ran), repaired)
 
     def compute(self, memories: Sequence[Memory], question: str) -> Trial:
