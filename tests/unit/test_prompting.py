@@ -201,6 +201,18 @@ def test_tokens_that_the_tokenizer_adds_to_every_text_are_not_in_every_piece(tem
 # -- where the question stands ------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", REGULAR)
+def test_the_opening_begins_every_turn_and_says_nothing_of_it(
+    prompts: dict[str, ChatPrompts], name: str
+) -> None:
+    opening = prompts[name].opening
+    turns = [prompts[name].turn(text) for text in ("hello", "42 is it", "[x]")]
+    assert all(turn[: len(opening)] == opening for turn in (*turns, prompts[name].neutral))
+    assert len({turn[len(opening)] for turn in turns}) == 3
+    assert opening
+    assert ChatPrompts(with_template(None)).opening == ()
+
+
 @pytest.mark.parametrize("query", ["What is red?", "user", "assistant", "a", "user\nuser", "\n"])
 @pytest.mark.parametrize(
     ("name", "before", "after"),
