@@ -17,6 +17,7 @@ from kv_agent import cli
 from kv_agent.chunks import Scope, TurnId, TurnRecord
 from kv_agent.config import STORE_ENV
 from kv_agent.storage.store import LocalStore, NewChunk
+from tests.unit.command import error_of, lines_of
 from tests.unit.storage.builders import chain, turn_of
 
 ALICE = Scope(user_id="alice", agent_id="planner", session_id="monday")
@@ -43,23 +44,6 @@ def root(tmp_path: Path) -> Path:
     store.put_turn(stored_turn([boat], "boat", BOB, "A blue boat.", age_s=0), [], [boat])
     store.close()
     return root
-
-
-def lines_of(capsys: pytest.CaptureFixture[str], *argv: object, code: int = 0) -> list[str]:
-    """What the command prints when it ends with ``code`` and complains about nothing."""
-    assert cli.main([str(arg) for arg in argv]) == code
-    out, err = capsys.readouterr()
-    assert err == ""
-    return out.splitlines()
-
-
-def error_of(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
-    """The one sentence of a command that fails."""
-    assert cli.main([str(arg) for arg in argv]) == 1
-    out, err = capsys.readouterr()
-    assert out == ""
-    (line,) = err.splitlines()
-    return line
 
 
 def turns_in(root: Path) -> int:

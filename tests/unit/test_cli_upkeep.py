@@ -12,15 +12,12 @@ import pytest
 
 from kv_agent import cli
 from kv_agent.storage.store import LocalStore
+from tests.unit.command import lines_of
 from tests.unit.storage.builders import chain, turn_of
 
 
 def run(capsys: pytest.CaptureFixture[str], root: Path, *argv: str, code: int = 0) -> list[str]:
-    """What the command prints when it ends with ``code`` and complains about nothing."""
-    assert cli.main([*argv, "--store", str(root)]) == code
-    out, err = capsys.readouterr()
-    assert err == ""
-    return out.splitlines()
+    return lines_of(capsys, *argv, "--store", root, code=code)
 
 
 @pytest.fixture
