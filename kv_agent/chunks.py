@@ -10,7 +10,7 @@ import hashlib
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import NewType
+from typing import Literal, NewType
 
 from kv_agent.errors import ConfigError
 
@@ -20,6 +20,9 @@ ContentKey = NewType("ContentKey", str)
 TurnId = NewType("TurnId", str)
 
 _DIGEST_BYTES = 16
+
+CodecName = Literal["raw", "raw+zstd", "int8", "int8+zstd", "int4", "int4+zstd"]
+RAW: CodecName = "raw"  # KV that is stored as it is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +77,7 @@ class ChunkRecord:
     """One stored chunk without its tensor: what the catalog knows about it.
 
     ``start`` is the position of its first token when it was computed. ``parent`` is the chain key of its
-    context. The bytes are tensor ``tensor`` in file ``blob`` (relative to the store), ``[L, 2, T, H, D]``.
+    context. The bytes are tensor ``tensor`` in file ``blob`` (relative to the store), written by ``codec``.
     """
 
     key: ChunkKey
@@ -87,20 +90,34 @@ class ChunkRecord:
     token_ids: tuple[int, ...]
     blob: str
     tensor: str
-    sha256: str
+    checksum: str
     num_bytes: int
+    codec: str = RAW
     quarantined: bool = False
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
 
+    @property
+    def is_lossless(self) -> bool:
+        return self.codec.partition("+")[0] == RAW
+
+    def stands(self, context: ChunkKey, start: int) -> bool:
+        """Whether it was computed behind ``context`` and at position ``start``."""
+        return self.parent == context and self.start == start
+
+    def is_exact(self, context: ChunkKey, start: int) -> bool:
+        """Whether its KV, put there, is bit for bit what computing its tokens there gives."""
+        return self.is_lossless and self.stands(context, start)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnRecord:
     """What the user sees as one memory: a turn or an ingested document and the chunks that hold it.
 
-    ``expires`` is when it is forgotten by itself (Unix time), ``None`` for never.
+    ``expires`` is when it is forgotten by itself (Unix time), ``None`` for never. While ``pinned`` it stays,
+    whatever that says and the limits of its namespace are.
     """
 
     turn_id: TurnId
@@ -112,6 +129,7 @@ class TurnRecord:
     created: float
     metadata: Mapping[str, str | int | float | bool] = field(default_factory=dict)
     expires: float | None = None
+    pinned: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

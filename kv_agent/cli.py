@@ -1,4 +1,4 @@
-"""The ``kv-agent`` command: look at a store, check it, move memories and forget them. Needs no engine."""
+"""The ``kv-agent`` command: serve a model with memory; look at a store, check it, move memories, forget."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kv_agent import keys, quotas, serve
 from kv_agent.chunks import ChunkRecord, Scope, TurnId, TurnRecord
 from kv_agent.config import STORE_ENV, default_store_dir
+from kv_agent.engines.vllm_api import run_api_server
 from kv_agent.errors import ConfigError, KVAgentError
+from kv_agent.printing import date, printable, size, span, table
 from kv_agent.storage.archive import Archive
 from kv_agent.storage.blobs import existing_file, new_file
 from kv_agent.storage.checking import Inspection
@@ -43,9 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # not every terminal can show every memory
     folder = getattr(args, "folder", None) or getattr(args, "store", None) or default_store_dir()
     try:
-        report = _import(folder, args) if args.command is _import else _on_store(folder, args)
+        opens_none = args.command in (_import, _keys, _serve)
+        report = args.command(folder, args) if opens_none else _on_store(folder, args)
     except KVAgentError as err:
-        print(f"kv-agent: {_printable(str(err))}", file=sys.stderr)
+        print(f"kv-agent: {printable(str(err))}", file=sys.stderr)
         return 1
     try:
         print(*report.lines, sep="\n", flush=True)
@@ -78,6 +81,16 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=command)
         return sub
 
+    ours = argparse.ArgumentParser("kv-agent serve", add_help=False, allow_abbrev=False, parents=[common])
+    serve.add_options(ours)
+    text = "start vLLM's OpenAI server with memory; options that are not listed here go to vLLM as they are"
+    serving = commands.add_parser("serve", help=text, description=text, parents=[ours], allow_abbrev=False)
+    serving.set_defaults(command=_serve, ours=ours)
+    serving.add_argument("model", metavar="MODEL", help="a folder, or a name on Hugging Face")
+    text = "of vLLM; `kv-agent serve MODEL --help=all` lists them"
+    serving.add_argument("options", nargs=argparse.REMAINDER, metavar="OPTIONS", help=text)
+    keys.add_options(add("keys", _keys, "make, list and remove the API keys of a server"))
+
     stats = add("stats", _stats, "count memories, chunks, tokens and bytes of all users")
     ls = add("ls", _ls, "list one user's memories, newest first")
     show = add("show", _show, "show one memory: its text, whose it is and its chunks")
@@ -88,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     export = add("export", _export, "write memories with their KV to one file")
     load = add("import", _import, "store the memories of a file that export wrote; again changes nothing")
     forget = add("forget", _forget, "delete memories and the bytes that only they use")
+    quota = add("quota", _quota, "show what namespaces hold and may hold, or limit one or the others")
 
     for name in ("namespace", "user"):
         ls.add_argument(f"--{name}", default="default", metavar="NAME", help="default: %(default)s")
@@ -110,7 +124,10 @@ def _parser() -> argparse.ArgumentParser:
         export.add_argument(f"--{name}", metavar="NAME", help=f"only this {name}'s memories")
     text = "import nothing unless all memories are of this model"
     load.add_argument("--fingerprint", metavar="F", help=text)
-    for sub in (stats, ls, show):
+    text = "show or limit this one; without it, show all, or limit all that have no limits of their own"
+    quota.add_argument("namespace", nargs="?", metavar="NAMESPACE", help=text)
+    quotas.add_options(quota)
+    for sub in (stats, ls, show, quota):
         sub.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
@@ -121,7 +138,7 @@ def _stats(store: LocalStore, args: argparse.Namespace) -> Report:
         return _json(counts)
     chunks = f"{counts['chunks']:,} ({counts['entries']:,} searchable, {counts['quarantined']:,} quarantined)"
     rows = [("turns", f"{counts['turns']:,}"), ("chunks", chunks), ("tokens", f"{counts['tokens']:,}")]
-    return Report(_table(*rows, ("size", _size(counts["bytes"]))))
+    return Report(table(*rows, ("size", size(counts["bytes"]))))
 
 
 def _ls(store: LocalStore, args: argparse.Namespace) -> Report:
@@ -134,13 +151,13 @@ def _ls(store: LocalStore, args: argparse.Namespace) -> Report:
         return _json([_memory(turn) for turn in turns])
     if not turns:
         wanted = ", ".join(f"{key} {value}" for key, value in asdict(scope).items() if value)
-        return Report([_printable(f"no memories with {wanted}")])
+        return Report([printable(f"no memories with {wanted}")])
     rows = [
         (t.turn_id, _age(t), f"{t.num_tokens:,}", t.scope.agent_id, t.scope.session_id, _excerpt(t))
         for t in turns
     ]
     more = ["older ones are not shown; raise --limit"] if len(found) > len(turns) else []
-    return Report([*_table(("ID", "AGE", "TOKENS", "AGENT", "SESSION", "TEXT"), *rows), *more])
+    return Report([*table(("ID", "AGE", "TOKENS", "AGENT", "SESSION", "TEXT"), *rows), *more])
 
 
 def _show(store: LocalStore, args: argparse.Namespace) -> Report:
@@ -149,32 +166,33 @@ def _show(store: LocalStore, args: argparse.Namespace) -> Report:
     chunks = [records[key] for key in turn.chunk_keys if key in records]
     if args.json:
         return _json({**_memory(turn), "chunks": [asdict(chunk) for chunk in chunks]})
-    end = [] if turn.expires is None else [("expires", _date(turn.expires))]
-    facts = _table(
+    end = [] if turn.expires is None else [("expires", date(turn.expires))]
+    end += [("pinned", "yes")] if turn.pinned else []
+    facts = table(
         ("id", turn.turn_id),
         *asdict(turn.scope).items(),
-        ("created", f"{_date(turn.created)} ({_age(turn)} ago)"),
+        ("created", f"{date(turn.created)} ({_age(turn)} ago)"),
         *end,
         ("model", turn.fingerprint),
         ("metadata", json.dumps(dict(turn.metadata), ensure_ascii=False)),
-        ("size", f"{turn.num_tokens:,} tokens, {_size(sum(chunk.num_bytes for chunk in chunks))}"),
+        ("size", f"{turn.num_tokens:,} tokens, {size(sum(chunk.num_bytes for chunk in chunks))}"),
     )
     rows = [
-        (c.key, f"{c.start}-{c.start + c.num_tokens}", c.num_tokens, _size(c.num_bytes), _state(c))
+        (c.key, f"{c.start}-{c.start + c.num_tokens}", c.num_tokens, size(c.num_bytes), _state(c))
         for c in chunks
     ]
-    table = _table(("CHUNK", "POSITIONS", "TOKENS", "SIZE", "STATE"), *rows)
-    return Report([*facts, "", *map(_printable, turn.text.splitlines()), "", *table])
+    parts = table(("CHUNK", "POSITIONS", "TOKENS", "SIZE", "STATE"), *rows)
+    return Report([*facts, "", *map(printable, turn.text.splitlines()), "", *parts])
 
 
 def _verify(store: LocalStore, args: argparse.Namespace) -> Report:
     found = store.inspect(args.older_than)
     if args.repair:
         return _repair(store, found, args.older_than)
-    young = [_printable(f"note: {sentence}") for sentence in found.young]
+    young = [printable(f"note: {sentence}") for sentence in found.young]
     if problems := found.problems:
         count = f"problems: {len(problems)}; `kv-agent verify --repair` puts right what can be"
-        return Report([*map(_printable, problems), *young, count], exit_code=1)
+        return Report([*map(printable, problems), *young, count], exit_code=1)
     return Report([*young, _soundness(store)])
 
 
@@ -189,7 +207,7 @@ def _repair(store: LocalStore, found: Inspection, older_than_s: float) -> Report
         *(f"cannot be repaired: {problem}" for problem in left),
         f"problems left: {len(left)}" if left else _soundness(store),
     ]
-    return Report([*map(_printable, lines)], exit_code=1 if left else 0)
+    return Report([*map(printable, lines)], exit_code=1 if left else 0)
 
 
 def _soundness(store: LocalStore) -> str:
@@ -202,18 +220,18 @@ def _gc(store: LocalStore, args: argparse.Namespace) -> Report:
     garbage = store.collect_garbage(args.older_than, dry_run=args.dry_run)
     lines = _collected(garbage, "would delete" if args.dry_run else "deleted")
     lines += [f"kept {path}: no file of kv_agent is named like this" for path in garbage.foreign]
-    return Report([*map(_printable, lines or ["nothing to delete"])])
+    return Report([*map(printable, lines or ["nothing to delete"])])
 
 
 def _collected(garbage: Garbage, verb: str) -> list[str]:
     counts = [
         (garbage.num_turns, "memories whose time was over"),
         (garbage.num_chunks, "chunks that no memory uses any more"),
-        (garbage.num_files, f"files that no chunk is in, {_size(garbage.file_bytes)}"),
+        (garbage.num_files, f"files that no chunk is in, {size(garbage.file_bytes)}"),
     ]
     lines = [f"{verb} {count:,} {what}" for count, what in counts if count]
     if garbage.catalog_bytes:
-        lines.append(f"the catalog is {_size(garbage.catalog_bytes)} smaller")
+        lines.append(f"the catalog is {size(garbage.catalog_bytes)} smaller")
     if garbage.young:
         what = "files that may be being stored right now; --older-than 0 takes them, too"
         lines.append(f"kept {len(garbage.young):,} {what}")
@@ -225,18 +243,44 @@ def _forget(store: LocalStore, args: argparse.Namespace) -> Report:
     before = store.catalog.chunks(store.catalog.chunk_keys_of_turns(turns))
     store.forget(turns)
     gone = before.keys() - store.catalog.chunks(before).keys()
-    freed = _size(sum(before[key].num_bytes for key in gone))
-    forgotten = _table(*(("forgot", turn.turn_id, _excerpt(turn)) for turn in turns.values()))
+    freed = size(sum(before[key].num_bytes for key in gone))
+    forgotten = table(*(("forgot", turn.turn_id, _excerpt(turn)) for turn in turns.values()))
     return Report([*forgotten, f"{len(gone):,} chunks deleted, {freed} freed"])
+
+
+def _quota(store: LocalStore, args: argparse.Namespace) -> Report:
+    ledger = store.catalog.ledger
+    quotas.change(ledger, args.namespace, vars(args))
+    rows = quotas.quotas(ledger, args.namespace)
+    return _json([row.plain() for row in rows]) if args.json else Report(quotas.lines(rows))
 
 
 def _export(store: LocalStore, args: argparse.Namespace) -> Report:
     with new_file(args.file) as file:
         done = export_turns(store, file, namespace=args.namespace, user_id=args.user, agent_id=args.agent)
-        size = _size(file.tell())
+        file_size = size(file.tell())
     lines = [f"left out {turn_id}: {why}" for turn_id, why in done.left_out.items()]
-    lines.append(f"exported {done.num_turns:,} turns with {done.num_chunks:,} chunks, {size}, to {args.file}")
-    return Report([*map(_printable, lines)], exit_code=1 if done.left_out else 0)
+    counts = f"{done.num_turns:,} turns with {done.num_chunks:,} chunks, {file_size}"
+    lines.append(f"exported {counts}, to {args.file}")
+    return Report([*map(printable, lines)], exit_code=1 if done.left_out else 0)
+
+
+def _serve(folder: Path, args: argparse.Namespace) -> Report:
+    options, rest = args.ours.parse_known_args(args.options, argparse.Namespace(**vars(args)))
+    options.store = getattr(options, "store", None)
+    options.folder = options.store or folder
+    start = serve.start(args.model, options, rest, os.environ)
+    print(*start.lines, sep="\n", flush=True)
+    os.environ.update(start.environment)
+    try:
+        run_api_server(start.arguments)
+    except KeyboardInterrupt:  # also what vLLM makes of SIGTERM until it serves
+        return Report(["stopped before it served"], exit_code=130)
+    return Report(["the server has stopped"])
+
+
+def _keys(_: Path, args: argparse.Namespace) -> Report:
+    return Report(keys.run(args))
 
 
 def _import(folder: Path, args: argparse.Namespace) -> Report:
@@ -252,7 +296,7 @@ def _import(folder: Path, args: argparse.Namespace) -> Report:
     known = done.num_turns - done.num_new_turns
     lines.append(f"imported {done.num_new_turns:,} turns with {done.num_new_chunks:,} chunks")
     lines += [f"{known:,} turns were stored already"] if known else []
-    return Report([*map(_printable, lines)])
+    return Report([*map(printable, lines)])
 
 
 def _open_store(root: Path) -> LocalStore:
@@ -283,18 +327,6 @@ def _memory(turn: TurnRecord) -> dict[str, Any]:
     return {"id": fields.pop("turn_id"), **fields}
 
 
-def _table(*rows: Sequence[object]) -> list[str]:
-    """Rows as aligned columns."""
-    cells = [[_printable("-" if cell is None else str(cell)) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
-
-
-def _printable(text: str) -> str:
-    """Control characters escaped: what a model wrote must not steer the terminal."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
-
-
 def _excerpt(turn: TurnRecord) -> str:
     line = " ".join(turn.text.split())
     return line if len(line) <= _TEXT_WIDTH else f"{line[: _TEXT_WIDTH - 1]}…"
@@ -304,21 +336,8 @@ def _state(chunk: ChunkRecord) -> str:
     return "quarantined" if chunk.quarantined else "ok"
 
 
-def _size(num_bytes: int) -> str:
-    power = max(0, min((num_bytes.bit_length() - 1) // 10, 4))
-    return f"{num_bytes / 1024**power:.1f} {'KMGT'[power - 1]}iB" if power else f"{num_bytes} B"
-
-
-def _date(seconds: float) -> str:
-    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S} UTC"
-
-
 def _age(turn: TurnRecord) -> str:
-    seconds = int(max(0.0, time.time() - turn.created))
-    for unit, unit_s in (("d", 86_400), ("h", 3_600), ("min", 60)):
-        if seconds >= unit_s:
-            return f"{seconds // unit_s} {unit}"
-    return f"{seconds} s"
+    return span(time.time() - turn.created)
 
 
 def _version() -> str:

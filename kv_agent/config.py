@@ -10,14 +10,20 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kv_agent.chunks import Scope
+from kv_agent.chunks import CodecName, Scope
 from kv_agent.errors import ConfigError
 
 STORE_ENV = "KV_AGENT_STORE"
+
+# Whether a turn that was stored survives a power loss. It survives the process in any case.
+Fsync = Literal["always", "never"]
+
+# See kv_agent.storage.policy, which has their classes.
+PolicyName = Literal["lru", "fifo", "importance"]
 
 ChunkId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
@@ -43,17 +49,32 @@ class _Strict(BaseModel):
 class PluginConfig(_Strict):
     """Settings of the connector, the same for scheduler and workers.
 
-    ``host_bytes`` and ``device_bytes`` bound the chunks kept in host and GPU memory, ``queue_bytes`` those
-    waiting to be written. ``pooled_layers`` are the layers whose keys a search compares.
+    ``device_bytes``, ``host_bytes`` and ``warm_bytes`` bound the chunks kept in GPU memory, in host memory
+    and, compressed, there; ``None`` fits the machine, see :func:`kv_agent.machine.memory_budgets`. A chunk
+    moves up among them once it was asked for ``promote_after`` times. ``queue_bytes`` bounds what waits to be
+    written. ``codec`` is how KV is written from now on, whatever is stored already.
+    With ``fsync`` ``"never"`` storing does not wait for the disk, and a power loss may cost the newest turns.
+    ``policy`` says who goes first where there is no room, unless a namespace names its own. ``disk_bytes``
+    bounds the store's files; ``None`` is most of what is free. Without ``make_room`` another process lets
+    memories go that exceed the limits. With ``load`` ``"faster"`` KV is put back only where that took less
+    time lately than computing its tokens. ``pooled_layers`` are the layers whose keys a search compares.
     """
 
     store: Path = Field(default_factory=default_store_dir)
+    codec: CodecName = "raw"
+    fsync: Fsync = "always"
     chunk_tokens: int = Field(default=128, ge=1, le=65_536)
     device_bytes: int = Field(default=0, ge=0)
-    host_bytes: int = Field(default=1 << 30, ge=0)
+    host_bytes: int | None = Field(default=None, ge=0)
+    warm_bytes: int | None = Field(default=None, ge=0)
+    promote_after: int = Field(default=1, ge=1, le=100)
     queue_bytes: int = Field(default=512 << 20, gt=0)
+    policy: PolicyName = "lru"
+    disk_bytes: int | None = Field(default=None, gt=0)
+    make_room: bool = True
     pooled_layers: tuple[int, ...] = Field(default=(0,), min_length=1)
     load_threads: int = Field(default=2, ge=1, le=64)
+    load: Literal["always", "faster"] = "always"
 
 
 class Placement(_Strict):

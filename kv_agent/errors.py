@@ -17,9 +17,17 @@ class StorageError(KVAgentError):
     """Disk or catalog trouble; stored data may be fine, trying again later may help."""
 
 
+class UnstorableError(StorageError):
+    """The disk is fine, what was to be stored is not: trying again is useless, others can be stored."""
+
+
 class CorruptChunkError(StorageError):
     """A blob's bytes are not what was written: checksum, header or shape differ. Quarantine it."""
 
 
 class EngineError(KVAgentError):
     """The engine could not be started, or it died."""
+
+
+class ServerError(KVAgentError):
+    """A memory server cannot be reached or cannot do it now; trying again later may help."""

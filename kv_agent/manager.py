@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -15,13 +15,15 @@ from urllib.parse import quote
 from kv_agent.chunks import ChunkKey, ChunkRecord, Fingerprint, Scope, TurnId, root_key
 from kv_agent.config import PluginConfig, default_store_dir
 from kv_agent.engines.base import Call, Completion, Engine
-from kv_agent.errors import ConfigError, KVAgentError
+from kv_agent.errors import ConfigError, KVAgentError, StorageError
+from kv_agent.pending import PendingTurns
 from kv_agent.placing import Placer, Quality
 from kv_agent.planning import MemoryPrompt
 from kv_agent.prompting import ChatPrompts
 from kv_agent.retrieval.engine import RetrievalEngine
 from kv_agent.retrieval.texts import TextEmbedder, TextFeed, embedded
 from kv_agent.searching import Library, TextVoice
+from kv_agent.storage.policy import Policy
 from kv_agent.storage.store import LocalStore
 
 logger = logging.getLogger(__name__)
@@ -34,7 +36,6 @@ BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "examples" / "models" /
 DEVICE_BYTES = 1 << 30
 
 DURABLE_TIMEOUT_S = 60.0
-_POLL_S = 0.002
 
 
 class CacheManager:
@@ -44,7 +45,9 @@ class CacheManager:
     captures into the same ``store``. ``backend`` says where hot KV is kept: ``"gpu"`` in GPU memory,
     ``"cpu"`` in host memory. ``embedder`` (a ``SentenceTransformer``, say) gives hybrid searches a third
     voice; what it computed is kept on disk if it has a ``name`` attribute. Further keywords go to
-    ``vllm.LLM``; ``settings`` are the plugin's own (``chunk_tokens``, ``host_bytes``, ...).
+    ``vllm.LLM``; ``settings`` are the plugin's own (``chunk_tokens``, ``host_bytes``, ...). ``policy`` says
+    who goes first when limits are exceeded, unless a namespace names its own: a name, or an object with a
+    method ``rank`` (:class:`~kv_agent.storage.policy.Policy`), which is asked in this process.
     """
 
     def __init__(
@@ -56,17 +59,28 @@ class CacheManager:
         backend: Backend = "auto",
         settings: Mapping[str, Any] | None = None,
         embedder: TextEmbedder | None = None,
+        policy: str | Policy | None = None,
         **engine_options: Any,
     ) -> None:
         if isinstance(engine, str) and engine != "vllm":
             raise ConfigError(f'engine must be "vllm" or an engine object, got {engine!r}')
-        self._lock = threading.RLock()
-        self._pending: set[TurnId] = set()
         self._attached: set[tuple[str, str]] = set()
         self._closed = False
+        self._uses = ThreadPoolExecutor(1, thread_name_prefix="kv-agent-uses")
+        self._use_is_lost = False
         root = Path(store).expanduser() if store is not None else default_store_dir()
         device_bytes = DEVICE_BYTES if _resolve_backend(backend) == "gpu" else 0
-        self._store = LocalStore(root, host_bytes=0)
+        self._makes_room = policy is not None and not isinstance(policy, str)
+        self._store = LocalStore(
+            root,
+            host_bytes=0,
+            policy=None if isinstance(policy, str) else policy,
+            disk_bytes=(settings or {}).get("disk_bytes"),
+        )
+        if self._makes_room:
+            settings = {"make_room": False, **(settings or {})}
+        elif policy is not None:
+            settings = {"policy": policy, **(settings or {})}
         try:
             self._engine = (
                 _start_vllm(model, root, {"device_bytes": device_bytes, **(settings or {})}, engine_options)
@@ -76,6 +90,7 @@ class CacheManager:
         except BaseException:
             self._store.close()
             raise
+        self._pending = PendingTurns(self._store.catalog.ledger.settled, self._make_room)
         self._index = RetrievalEngine(self._store.catalog, self._engine.fingerprint, root / "index")
         self._texts = None if embedder is None else self._text_voice(embedder, root / "index")
         self.prompts = ChatPrompts(self._engine.tokenizer)
@@ -109,10 +124,10 @@ class CacheManager:
         if ttl_s is not None and not 0 < ttl_s < math.inf:
             raise ConfigError(f"ttl_s must be a positive number of seconds, got {ttl_s}")
         scope = scope or self._only_scope()
-        self.ensure_prefix(scope, system_prompt)
+        before = self.prompts.prefix(system_prompt)
+        self.ensure_prefix(scope, before)
         # The first tokens of a sequence draw attention whatever they are; a memory must not bring that along.
         # Where all turns open alike its opening is replaced when it is put back, see :class:`Placer`.
-        before = self.prompts.prefix(system_prompt)
         if not before and not self.prompts.opening:
             before = self.prompts.neutral
         token_ids = before + self.prompts.turn(prompt, response)
@@ -131,19 +146,15 @@ class CacheManager:
 
     def wait_durable(self, timeout_s: float = DURABLE_TIMEOUT_S) -> bool:
         """Wait until every turn captured through this manager is on disk and can be found."""
-        deadline = time.monotonic() + timeout_s
-        with self._lock:
-            while self._pending:
-                self._pending -= self._store.catalog.known_turns(self._pending)
-                if self._pending and time.monotonic() > deadline:
-                    logger.warning(
-                        "%d captured turns are not on disk after %.0f s", len(self._pending), timeout_s
-                    )
-                    self._pending.clear()
-                    return False
-                if self._pending:
-                    time.sleep(_POLL_S)
-        return True
+        return self._pending.wait(timeout_s)
+
+    def _make_room(self, settled: Iterable[TurnId]) -> None:
+        """As storing them does elsewhere; of turns that came together the newest stays in any case."""
+        if not self._makes_room:
+            return
+        turns = self._store.catalog.turns(settled).items()
+        for asked, turn in sorted(turns, key=lambda item: item[1].created, reverse=True):
+            self._store.make_room(turn.scope, turn.turn_id, is_new=asked == turn.turn_id)
 
     def catch_up(self) -> None:
         """Wait for what was captured, and let go of memories whose time is over."""
@@ -166,6 +177,7 @@ class CacheManager:
                 self._texts.index.close()
         finally:
             self._engine.close()
+            self._uses.shutdown()
             self._store.close()
 
     def __enter__(self) -> Self:
@@ -201,28 +213,48 @@ class CacheManager:
             catalog=self._store.catalog, index=self._index, fingerprint=self.fingerprint, texts=self._texts
         )
 
+    def note_use(self, turn_ids: Iterable[TurnId] = (), *, holding: Iterable[ChunkKey] = ()) -> None:
+        """Count a use of these turns and of those with these chunks, for the policies, in the background."""
+        ids, keys, now = tuple(turn_ids), tuple(holding), time.time()
+        if ids or keys:
+            self._uses.submit(self._touch, ids, keys, now)
+
+    def _touch(self, turn_ids: Sequence[TurnId], keys: Sequence[ChunkKey], now: float) -> None:
+        ledger = self._store.catalog.ledger
+        try:
+            ledger.touch({*turn_ids, *ledger.turns_with(keys)}, now)
+        except StorageError as err:
+            if not self._use_is_lost:
+                about = {"event": "store_trouble"}
+                logger.warning("uses of memories are not counted while this lasts: %s", err, extra=about)
+            self._use_is_lost = True
+
     def attach(self, scope: Scope) -> None:
         """Note that a memory of this user is open; see :meth:`store_kv`."""
-        self._attached.add((scope.namespace, scope.user_id))
+        if len(self._attached) < 2:  # more than one is all that matters
+            self._attached.add((scope.namespace, scope.user_id))
+
+    def expect(self, turn_id: TurnId) -> None:
+        """Note a turn that was captured from a request of others, for :meth:`wait_durable`."""
+        self._pending.add(turn_id)
 
     def run(self, call: Call) -> Completion:
         """Run one call and remember what it captured, for :meth:`wait_durable`."""
         if self._closed:
             raise KVAgentError("this CacheManager is closed; open a new one")
-        with self._lock:
-            (completion,) = self._engine.run([call])
-            if completion.turn_id is not None:
-                self._pending.add(completion.turn_id)
+        (completion,) = self._engine.run([call])
+        if completion.turn_id is not None:
+            self.expect(completion.turn_id)
         return completion
 
-    def prefix_records(self, scope: Scope, system_prompt: str | None) -> list[ChunkRecord]:
-        """The stored chunks that make up the prompt's prefix; none unless all of it is stored."""
+    def prefix_records(self, scope: Scope, prefix: tuple[int, ...]) -> list[ChunkRecord]:
+        """The stored chunks that make up a prompt's prefix; none unless all of it is stored."""
         root = root_key(self.fingerprint, scope.namespace, scope.user_id)
-        return self._placer.chain(root, self.prompts.prefix(system_prompt), 0)
+        return self._placer.chain(root, prefix, 0)
 
-    def ensure_prefix(self, scope: Scope, system_prompt: str | None) -> None:
+    def ensure_prefix(self, scope: Scope, prefix: tuple[int, ...]) -> None:
         """Store the prefix as chunks of its own, so that memories can be placed right behind it."""
-        self._ensure_context(scope, self.prompts.prefix(system_prompt), "the system prompt")
+        self._ensure_context(scope, prefix, "the system prompt")
 
     def ensure_opening(self, scope: Scope) -> None:
         """Store what replaces the opening of memories that began a sequence."""

@@ -4,64 +4,38 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from types import MappingProxyType, TracebackType
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self, get_args
 
-from kv_agent.chunks import EVERY_TURN, ChunkKey, Scope, TurnFilter, TurnId, TurnRecord
-from kv_agent.engines.base import Call, Reuse
+from kv_agent.chunks import EVERY_TURN, Scope, TurnFilter, TurnId, TurnRecord
+from kv_agent.engines.base import Call
 from kv_agent.errors import ConfigError
 from kv_agent.manager import Backend, CacheManager
+from kv_agent.memories import Answer, Memory, Prepared, Search, Share, Stats, reading_scope
 from kv_agent.placing import Quality
 from kv_agent.planning import build_prompt
+from kv_agent.prompting import Conversation
 from kv_agent.retrieval.sketches import from_sketch
 from kv_agent.searching import Found, Mode, Request, Voice, VoiceName, find_turns
 from kv_agent.storage.catalog import Catalog
-
-Share = Literal["user", "agent", "session"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Memory:
-    """One stored turn. ``score`` is that of the search's mode, ``None`` when nothing was searched.
-
-    ``voices`` says, when asked for, what each way of searching thought of it; ``neighbour_of`` names the
-    memory beside which it stands, when it was not found itself.
-    """
-
-    id: TurnId
-    text: str
-    score: float | None
-    tokens: int
-    chunk_ids: tuple[ChunkKey, ...]
-    scope: Scope
-    created: float
-    expires: float | None = None
-    metadata: Mapping[str, str | int | float | bool] = field(default_factory=dict)
-    voices: Mapping[VoiceName, Voice] = field(default_factory=dict)
-    neighbour_of: TurnId | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """A generated answer, what was reused for it, and the memories it was given (oldest first).
-
-    ``ttft_s`` is the time from the call to the first token, the search included.
-    """
-
-    text: str
-    reuse: Reuse
-    memories: tuple[Memory, ...]
-    turn_id: TurnId | None
-    ttft_s: float
+from kv_agent.storage.ledger import NO_ACCOUNT
 
 
 class AgentMemory:
     """Memory of one scope: everything stored is marked with it, everything found lies within ``share``.
 
     ``share`` says how far it reads: all agents of the user (default), this agent only, or this session
-    only. Without ``cache_manager`` it opens its own, and closes it; further keywords then go there.
+    only. Without ``cache_manager`` it opens its own, and closes it; further keywords then go there. With
+    ``base_url="http://…"`` the memories are those of a server: see
+    :class:`~kv_agent.remote.memory.RemoteMemory` for its keywords.
     """
+
+    def __new__(cls, *_: Any, base_url: str | None = None, **__: Any) -> AgentMemory:
+        if cls is AgentMemory and base_url is not None:
+            from kv_agent.remote.memory import RemoteMemory
+
+            return object.__new__(RemoteMemory)
+        return object.__new__(cls)
 
     def __init__(
         self,
@@ -77,7 +51,7 @@ class AgentMemory:
         **manager_options: Any,
     ) -> None:
         self.scope = Scope(namespace=namespace, user_id=user_id, agent_id=agent_id, session_id=session_id)
-        self._reading = _reading_scope(self.scope, share)
+        self._reading = reading_scope(self.scope, share)
         self._system_prompt = system_prompt
         if cache_manager is not None and (manager_options or backend != "auto"):
             raise ConfigError("backend and engine options belong to the CacheManager; give them there")
@@ -95,7 +69,8 @@ class AgentMemory:
     ) -> TurnId | None:
         """Compute this turn once and keep its KV; ``None`` if it could not be captured.
 
-        It is forgotten after ``ttl_s`` seconds, if that is given. Storing it again may prolong its time.
+        It is forgotten after ``ttl_s`` seconds, if that is given or its namespace sets it. Storing it again
+        may prolong its time.
         """
         return self._manager.store_kv(
             prompt,
@@ -123,16 +98,49 @@ class AgentMemory:
         asked), ``"hybrid"`` both, and the manager's ``embedder`` (their reciprocal ranks added up). ``only``
         narrows by time and metadata. Behind the ``top_k`` come, oldest first, up to ``neighbours`` turns
         before and after each of them in its session. ``explain`` fills ``Memory.voices``. An empty query
-        finds nothing.
+        finds nothing. What is found counts as used.
         """
+        found = self.search(query, top_k, mode, only=only, neighbours=neighbours, explain=explain)
+        return list(found.memories)
+
+    def search(
+        self,
+        query: str,
+        top_k: int = 5,
+        mode: Mode = "hybrid",
+        *,
+        only: TurnFilter = EVERY_TURN,
+        neighbours: int = 0,
+        explain: bool = False,
+        peek: bool = False,
+    ) -> Search:
+        """As :meth:`retrieve`, with what it took; with ``peek`` what is found does not count as used."""
+        found = self._found(query, top_k, mode, only, neighbours, explain)
+        if not peek:
+            self._manager.note_use(memory.id for memory in found.memories)
+        return found
+
+    def _found(
+        self, query: str, top_k: int, mode: Mode, only: TurnFilter, neighbours: int, explain: bool = False
+    ) -> Search:
         request = Request(query=query, scope=self._reading, top_k=top_k, mode=mode, only=only)
         if neighbours < 0:
             raise ConfigError(f"neighbours must be >= 0, got {neighbours}")
         self._manager.catch_up()
         catalog = self._manager.store.catalog
-        found = find_turns(self._manager.library, self._probe, request)
+        probe_s = 0.0
+
+        def probe(query: str) -> Any:
+            nonlocal probe_s
+            started = time.perf_counter()
+            keys_tV = self._probe(query)
+            probe_s = time.perf_counter() - started
+            return keys_tV
+
+        found = find_turns(self._manager.library, probe, request)
         memories = [_memory(one.turn, one.score, voices=one.voices if explain else {}) for one in found]
-        return memories + _beside(found, catalog, self._reading, neighbours)
+        memories += _beside(found, catalog, self._reading, neighbours)
+        return Search(memories=tuple(memories), probe_s=probe_s)
 
     def generate(
         self,
@@ -160,46 +168,78 @@ class AgentMemory:
         if quality not in get_args(Quality):
             raise ConfigError(f'quality must be "fast", "balanced" or "exact", got {quality!r}')
         started = time.perf_counter()
-        memories = self.retrieve(query, top_k, mode, only=only, neighbours=neighbours) if top_k else []
-        self._manager.catch_up()
-        self._manager.ensure_prefix(self.scope, self._system_prompt)
-        if quality != "exact":
-            self._manager.ensure_opening(self.scope)
         manager = self._manager
+        memories = self._found(query, top_k, mode, only, neighbours).memories if top_k else ()
+        conversation = Conversation(
+            prefix=manager.prompts.prefix(self._system_prompt),
+            turns=manager.prompts.fresh(query).token_ids,
+            last_start=0,
+        )
+        prepared = self.prepare(conversation, memories, max_tokens=max_tokens, quality=quality, store=store)
+        searched_s = time.perf_counter() - started
+        completion = manager.run(
+            Call(
+                token_ids=prepared.token_ids,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                cache_salt=prepared.cache_salt,
+                options=prepared.options,
+            )
+        )
+        manager.note_use(holding=completion.reuse.chunk_ids)
+        return Answer(
+            text=completion.text.strip(),
+            reuse=completion.reuse,
+            memories=prepared.memories,
+            turn_id=completion.turn_id,
+            ttft_s=searched_s + completion.ttft_s,
+        )
+
+    def prepare(
+        self,
+        conversation: Conversation,
+        memories: Sequence[Memory],
+        *,
+        max_tokens: int,
+        quality: Quality = "fast",
+        store: bool = True,
+        metadata: Mapping[str, str | int | float | bool] | None = None,
+        ttl_s: float | None = None,
+    ) -> Prepared:
+        """A prompt with the best of ``memories`` (given best first) between its prefix and its turns.
+
+        As many as fit beside an answer of ``max_tokens``. See :meth:`generate` for the rest.
+        """
+        manager = self._manager
+        manager.catch_up()
+        manager.ensure_prefix(self.scope, conversation.prefix)
+        if quality != "exact":
+            manager.ensure_opening(self.scope)
         by_id = {memory.id: memory for memory in memories}
         turns = manager.store.catalog.turns(by_id)
         keys = [key for turn in turns.values() for key in turn.chunk_keys]
         prompt = build_prompt(
-            manager.prefix_records(self.scope, self._system_prompt),
+            manager.prefix_records(self.scope, conversation.prefix),
             [turns[memory.id] for memory in memories if memory.id in turns],
             manager.chunk_records(keys),
-            manager.prompts.fresh(query),
+            conversation.turns,
             max_prompt_tokens=manager.max_model_len - max_tokens,
-            bare_prefix=manager.prompts.prefix(self._system_prompt),
+            bare_prefix=conversation.prefix,
         )
         manager.check_length(len(prompt.token_ids) + max_tokens, "the query with its answer")
         prompt = manager.placed(prompt, self.scope, self._reading, quality)
-        searched_s = time.perf_counter() - started
-        completion = manager.run(
-            Call(
-                token_ids=prompt.token_ids,
-                max_tokens=max_tokens,
-                temperature=temperature,
-                cache_salt=prompt.salt(self.scope),
-                options={
-                    "scope": self.scope.to_dict(),
-                    "store": store,
-                    "content_start": prompt.fresh_start,
-                    "plan": prompt.options(),
-                },
-            )
-        )
-        return Answer(
-            text=completion.text.strip(),
-            reuse=completion.reuse,
+        return Prepared(
+            token_ids=prompt.token_ids,
+            cache_salt=prompt.salt(self.scope),
+            options={
+                "scope": self.scope.to_dict(),
+                "store": store,
+                "content_start": prompt.fresh_start + conversation.last_start,
+                "plan": prompt.options(),
+                "metadata": dict(metadata or {}),
+                "ttl_s": ttl_s,
+            },
             memories=tuple(by_id[turn.turn_id] for turn in prompt.turns),
-            turn_id=completion.turn_id,
-            ttft_s=searched_s + completion.ttft_s,
         )
 
     def get(self, memory_id: TurnId) -> Memory | None:
@@ -208,10 +248,15 @@ class AgentMemory:
         turn = self._manager.store.catalog.turns([memory_id]).get(memory_id)
         return _memory(turn, None) if turn is not None and self._reading.admits(turn.scope) else None
 
-    def list(self, limit: int = 100, before: float | None = None) -> list[Memory]:
-        """The newest memories of this scope; page on with ``before=memories[-1].created``."""
+    def list(
+        self, limit: int = 100, before: float | None = None, before_id: TurnId | None = None
+    ) -> list[Memory]:
+        """The newest memories of this scope.
+
+        Page on with ``before=memories[-1].created, before_id=memories[-1].id``.
+        """
         self._manager.catch_up()
-        turns = self._manager.store.catalog.list_turns(self._reading, limit, before)
+        turns = self._manager.store.catalog.list_turns(self._reading, limit, before, before_id)
         return [_memory(turn, None) for turn in turns]
 
     def forget(self, memory_ids: Sequence[TurnId]) -> int:
@@ -221,6 +266,37 @@ class AgentMemory:
         mine = [turn_id for turn_id, turn in turns.items() if self._reading.admits(turn.scope)]
         self._manager.store.forget(mine)
         return len(mine)
+
+    def pin(self, memory_id: TurnId) -> bool:
+        """Keep a memory whatever its time to live and the limits are; ``False`` if this scope has none such.
+
+        Only :meth:`forget` removes it then.
+        """
+        return self._set_pinned(memory_id, True)
+
+    def unpin(self, memory_id: TurnId) -> bool:
+        """Let a memory go again as any other; ``False`` if this scope has none such."""
+        return self._set_pinned(memory_id, False)
+
+    def _set_pinned(self, memory_id: TurnId, pinned: bool) -> bool:
+        if self.get(memory_id) is None:
+            return False
+        self._manager.store.catalog.ledger.pin([memory_id], pinned)
+        return True
+
+    def stats(self) -> Stats:
+        """What this memory's namespace holds and may hold, all of its users together."""
+        ledger = self._manager.store.catalog.ledger
+        account = ledger.accounts().get(self.scope.namespace, NO_ACCOUNT)
+        return Stats(
+            namespace=self.scope.namespace,
+            memories=account.held.num_memories,
+            tokens=account.held.num_tokens,
+            num_bytes=account.held.num_bytes,
+            evicted=account.evicted_turns,
+            refused=account.refused_turns,
+            limits=ledger.retention(self.scope.namespace),
+        )
 
     def close(self) -> None:
         """Close the cache manager if this memory opened it."""
@@ -249,20 +325,6 @@ class AgentMemory:
         if completion.probe is None:
             raise ConfigError("the engine returned no probe; is it running with the kv_agent plugin?")
         return from_sketch(completion.probe)
-
-
-def _reading_scope(scope: Scope, share: Share) -> Scope:
-    if share not in ("user", "agent", "session"):
-        raise ConfigError(f'share must be "user", "agent" or "session", got {share!r}')
-    for level in ("agent", "session"):
-        if share == level and getattr(scope, f"{level}_id") is None:
-            raise ConfigError(f'share="{level}" needs {level}_id')
-    return Scope(
-        namespace=scope.namespace,
-        user_id=scope.user_id,
-        agent_id=scope.agent_id if share != "user" else None,
-        session_id=scope.session_id if share == "session" else None,
-    )
 
 
 def _beside(found: Sequence[Found], catalog: Catalog, reading: Scope, num_turns: int) -> list[Memory]:
@@ -295,6 +357,7 @@ def _memory(
         scope=turn.scope,
         created=turn.created,
         expires=turn.expires,
+        pinned=turn.pinned,
         metadata=turn.metadata,
         voices=voices,
         neighbour_of=neighbour_of,

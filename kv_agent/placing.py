@@ -114,18 +114,18 @@ class Placer:
                 placed += (Placed(one.key, one.start) for one in gap)
                 context = gap[-1].key
             skip = 0
-            if with_links and not stretch.is_exact(context):
+            if with_links and not stretch.stands(context):
                 below = replace(prompt, placements=tuple(placed), known_end=stretch.start)
                 until = stretch.start + stretch.link_tokens
                 link = self._computed(below, context, stretch.start, until, owner)
                 placed += (Placed(one.key, one.start) for one in link)
                 if link:
                     context, skip = link[-1].key, stretch.link_tokens
-            if not skip and not stretch.is_exact(context) and (opening := self._opening(stretch, root)):
+            if not skip and not stretch.stands(context) and (opening := self._opening(stretch, root)):
                 placed.append(Placed(opening.key, stretch.start))
                 context, skip = adapted_key(context, opening.key), opening.num_tokens
             for one, record in zip(stretch.placed, stretch.records, strict=True):
-                is_exact = not skip and record.parent == context and record.start == one.start
+                is_exact = not skip and record.is_exact(context, one.start)
                 placed.append(Placed(one.key, one.start + skip, skip))
                 context = record.key if is_exact else adapted_key(context, record.key, skip)
                 skip = 0

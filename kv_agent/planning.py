@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from kv_agent.chunks import ChunkKey, ChunkRecord, Scope, TurnRecord
-from kv_agent.prompting import FreshTurn
 
 
 class Placed(NamedTuple):
@@ -53,19 +52,19 @@ def build_prompt(
     prefix: Sequence[ChunkRecord],
     ranked_turns: Sequence[TurnRecord],
     chunks: Mapping[ChunkKey, ChunkRecord],
-    fresh: FreshTurn,
+    fresh: Sequence[int],
     *,
     max_prompt_tokens: int,
     bare_prefix: Sequence[int] = (),
 ) -> MemoryPrompt:
-    """Place the best turns that fit into ``max_prompt_tokens``, oldest first.
+    """Place the best turns that fit into ``max_prompt_tokens``, oldest first, in front of ``fresh``.
 
     ``ranked_turns`` come best first; those whose chunks are not all at hand are left out. ``prefix`` are
     the chunks of the prompt's prefix, or ``bare_prefix`` its tokens if their KV is not stored: then they
     are computed, and so is what stands behind them.
     """
     prefix_ids = [token for chunk in prefix for token in chunk.token_ids] or list(bare_prefix)
-    room = max_prompt_tokens - len(prefix_ids) - len(fresh.token_ids)
+    room = max_prompt_tokens - len(prefix_ids) - len(fresh)
     chosen: list[TurnRecord] = []
     for turn in ranked_turns:
         if any(key not in chunks or chunks[key].quarantined for key in turn.chunk_keys):
@@ -86,7 +85,7 @@ def build_prompt(
             placements.append(Placed(key, len(token_ids)))
             token_ids += chunks[key].token_ids
     return MemoryPrompt(
-        token_ids=(*token_ids, *fresh.token_ids),
+        token_ids=(*token_ids, *fresh),
         fresh_start=len(token_ids),
         placements=tuple(placements),
         turns=tuple(chosen),

@@ -16,6 +16,8 @@ from jinja2 import TemplateError
 from kv_agent.errors import ConfigError
 
 _NEUTRAL = "Hello."
+_BLANKS = 4  # tokens that a template may put before what is said
+_BYTES_PER_CHARACTER = 4
 _PROBE = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
 
 
@@ -28,12 +30,25 @@ class FreshTurn:
     end: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversation:
+    """A rendered prompt in two: what stands before the first turn, and the turns.
+
+    The last turn, the one to be answered, begins at ``last_start`` of the turns.
+    """
+
+    prefix: tuple[int, ...]
+    turns: tuple[int, ...]
+    last_start: int
+
+
 class ChatPrompts:
     """Renders conversations piecewise with one tokenizer; without a chat template, as plain text."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._templated = getattr(tokenizer, "chat_template", None) is not None
+        self._template = getattr(tokenizer, "chat_template", None)
+        self._templated = self._template is not None
         self._base = self._render(list(_PROBE)) if self._templated else []
 
     def prefix(self, system_prompt: str | None = None) -> tuple[int, ...]:
@@ -74,6 +89,37 @@ class ChatPrompts:
         one, other = self.turn("a"), self.turn("b")
         return one[: _common(one, other)]
 
+    def conversation(self, token_ids: Sequence[int], question: str | None = None) -> Conversation:
+        """A prompt that somebody else rendered, tools and all: turns are told by what all of them begin with.
+
+        Where nothing begins like a turn, all behind the begin-of-sequence token is one. The last turn is the
+        last that begins with ``question``, where one does: some templates let what a tool answered begin as
+        what the user says.
+        """
+        ids, size = tuple(token_ids), len(self.opening)
+        starts = [at for at in range(len(ids) - size + 1) if size and ids[at : at + size] == self.opening]
+        if not starts:
+            bos = self.prefix() if not self._templated else ()
+            starts = [len(bos) if ids[: len(bos)] == bos else 0]
+        first = starts[0]
+        last = next((at for at in reversed(starts) if self._says(ids[at + size :], question)), starts[-1])
+        return Conversation(prefix=ids[:first], turns=ids[first:], last_start=last - first)
+
+    def _says(self, token_ids: Sequence[int], question: str | None) -> bool:
+        """Whether the tokens begin with this text, whatever blanks the template puts around it."""
+        said = (question or "").strip()
+        if not said:
+            return False
+        at_most = _BYTES_PER_CHARACTER * len(said) + _BLANKS  # no token is less than a byte
+        begin: str = self._tokenizer.decode(list(token_ids[:at_most]))
+        return begin.lstrip().startswith(said)
+
+    def text_of(self, turn: Sequence[int]) -> str:
+        """What a turn says, without what all turns begin with."""
+        said = turn[len(self.opening) :] if tuple(turn[: len(self.opening)]) == self.opening else turn
+        text: str = self._tokenizer.decode(list(said), skip_special_tokens=True)
+        return text.strip()
+
     def fresh(self, prompt: str) -> FreshTurn:
         """A question, ready to be answered."""
         ids = self._question(prompt)
@@ -104,9 +150,12 @@ class ChatPrompts:
         return tuple(whole[len(self._base) :])
 
     def _render(self, messages: list[dict[str, str]], *, generate: bool = False) -> list[int]:
+        # Named: vLLM's tokenizer lets others render, which do not know of a template that it was given later.
+        # Of several templates a tokenizer chooses itself.
+        named = {"chat_template": self._template} if isinstance(self._template, str) else {}
         try:
             text = self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=generate
+                messages, tokenize=False, add_generation_prompt=generate, **named
             )
         except TemplateError as err:
             raise ConfigError(

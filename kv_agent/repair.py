@@ -31,9 +31,9 @@ class Stretch:
     def end(self) -> int:
         return self.placed[-1].start + self.records[-1].num_tokens
 
-    def is_exact(self, context: ChunkKey) -> bool:
+    def stands(self, context: ChunkKey) -> bool:
         """Whether it stands behind ``context`` as it did when it was computed."""
-        return self.records[0].parent == context and self.records[0].start == self.start
+        return self.records[0].stands(context, self.start)
 
     @property
     def link_tokens(self) -> int:
@@ -56,15 +56,16 @@ def stretches_of(prompt: MemoryPrompt, chunks: Mapping[ChunkKey, ChunkRecord]) -
 
 
 def exact_only(prompt: MemoryPrompt, chunks: Mapping[ChunkKey, ChunkRecord], root: ChunkKey) -> MemoryPrompt:
-    """The prompt with its chunks up to the first that does not stand where it was computed.
+    """The prompt with its chunks up to the first that is not what computing it there gives.
 
     ``root`` is the chain key of the user's empty context.
     """
     placed: list[Placed] = []
     context, end = root, 0
-    for stretch in stretches_of(prompt, chunks):
-        if stretch.start != end or not stretch.is_exact(context):
+    for one in prompt.placements:
+        record = chunks[one.key]
+        if one.start != end or not record.is_exact(context, end):
             break
-        placed += stretch.placed
-        context, end = stretch.records[-1].key, stretch.end
+        placed.append(one)
+        context, end = record.key, end + record.num_tokens
     return replace(prompt, placements=tuple(placed), known_end=0)

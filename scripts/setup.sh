@@ -13,8 +13,7 @@ readonly LOG=.venv/kv-agent-setup.log
 
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_PROGRESS_BAR=off
 
-say() { printf 'setup: %s\n' "$*"; }
-die() { printf 'setup: %s\n' "$*" >&2; exit 1; }
+source scripts/apt.sh
 
 wanted_stamp() {
     { cat "$LOCK" pyproject.toml; "$PY" -c 'import sys; print(sys.version)'; pwd -P; } | sha256sum
@@ -34,22 +33,6 @@ find_python() {
         fi
     done
     die "no Python 3.11 or newer found: install python3.11 (or newer) and run this again."
-}
-
-# apt_install PACKAGE...: as root on Debian or Ubuntu; elsewhere one sentence says what is missing.
-apt_install() {
-    local output
-    if [[ $(id -u) != 0 ]] || ! command -v apt-get >/dev/null; then
-        die "missing system packages: install $* (Debian and Ubuntu: apt-get install $*) and run this again."
-    fi
-    say "installing $* with apt-get"
-    if ! output=$({
-        apt-get update -qq
-        DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@"
-    } 2>&1); then
-        tail -n 20 <<<"$output" >&2
-        die "apt-get could not install $*: install it by hand and run this again."
-    fi
 }
 
 make_venv() {

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import base64
 import itertools
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kv_agent.chunks import ChunkKey, Fingerprint, TurnId
+from kv_agent.chunks import Fingerprint
 from kv_agent.config import PluginConfig, parse
-from kv_agent.engines.base import Call, Completion, Refused, Reuse
+from kv_agent.engines.base import Call, Completion
+from kv_agent.engines.vllm_calls import CONNECTOR, PLUGIN_KEY, completion_of, prompt_of, sampling_of
 from kv_agent.errors import ConfigError, EngineError
 from kv_agent.vllm_plugin.fingerprint import fingerprint_details, fingerprint_of
 
 logger = logging.getLogger(__name__)
 
-PLUGIN_KEY = "kv_agent"
-CONNECTOR = "KVAgentConnector"
 CONNECTOR_MODULE = "kv_agent.vllm_plugin.connector"
 
 
@@ -55,7 +54,7 @@ class VllmEngine:
             raise ConfigError("kv_transfer_config is set by kv_agent; give its settings as keyword arguments")
         parse(PluginConfig, settings, "settings")  # now, not in the log of an engine that does not start
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        defaults: dict[str, Any] = {"enable_prefix_caching": True, "enforce_eager": not _has_gpu()}
+        defaults: dict[str, Any] = {"enable_prefix_caching": True, "enforce_eager": not has_gpu()}
         with _main_module_not_imported_again():
             try:
                 self._llm = LLM(
@@ -69,6 +68,7 @@ class VllmEngine:
         self._fingerprint = fingerprint_of(fingerprint_details(config))
         self._max_model_len = int(config.model_config.max_model_len)
         self._ids = itertools.count()
+        self._lock = threading.Lock()  # vLLM's engine is stepped by one thread at a time
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -83,7 +83,11 @@ class VllmEngine:
         return self._max_model_len
 
     def run(self, calls: Sequence[Call]) -> list[Completion]:
-        """Run calls together as one batch; results in the order of the calls."""
+        """Run calls together as one batch; results in the order of the calls. Threads take turns."""
+        with self._lock:
+            return self._run(calls)
+
+    def _run(self, calls: Sequence[Call]) -> list[Completion]:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         engine = self._llm.llm_engine
@@ -96,13 +100,13 @@ class VllmEngine:
                 request_id = f"kv-agent-{next(self._ids)}"
                 order[request_id] = index
                 started[request_id] = time.perf_counter()
-                engine.add_request(request_id, _prompt(call), _sampling(call))
+                engine.add_request(request_id, prompt_of(call), sampling_of(call))
             while engine.has_unfinished_requests():
                 for output in engine.step():
                     now = time.perf_counter()
                     ttft_s.setdefault(output.request_id, now - started[output.request_id])
                     if output.finished:
-                        results[order[output.request_id]] = _completion(output, ttft_s[output.request_id])
+                        results[order[output.request_id]] = completion_of(output, ttft_s[output.request_id])
         except EngineDeadError as err:
             raise EngineError("the vLLM engine died; its log above says why") from err
         except BaseException:
@@ -125,61 +129,8 @@ class VllmEngine:
             llm.llm_engine.engine_core.shutdown()
 
 
-def _prompt(call: Call) -> Any:
-    prompt: dict[str, Any] = {"prompt_token_ids": list(call.token_ids)}
-    if call.cache_salt is not None:
-        prompt["cache_salt"] = call.cache_salt
-    return prompt
-
-
-def _sampling(call: Call) -> Any:
-    from vllm import SamplingParams
-
-    extra = {"kv_transfer_params": {PLUGIN_KEY: dict(call.options)}} if call.options else None
-    return SamplingParams(
-        max_tokens=call.max_tokens,
-        temperature=call.temperature,
-        ignore_eos=call.ignore_eos,
-        logprobs=call.logprobs,
-        extra_args=extra,
-    )
-
-
-def _completion(output: Any, ttft_s: float) -> Completion:
-    generated = output.outputs[0]
-    answer = (output.kv_transfer_params or {}).get(PLUGIN_KEY, {})
-    if error := answer.get("error"):
-        raise ConfigError(error)
-    prompt_tokens = len(output.prompt_token_ids)
-    local = output.num_cached_tokens or 0
-    probe = answer.get("probe")
-    turn_id = answer.get("turn_id")
-    return Completion(
-        text=generated.text,
-        token_ids=tuple(generated.token_ids),
-        reuse=parse_reuse(answer) if answer else Reuse(local=local, computed=prompt_tokens - local),
-        turn_id=TurnId(turn_id) if turn_id else None,
-        probe=base64.b64decode(probe) if probe else None,
-        ttft_s=ttft_s,
-        logprobs=tuple(
-            {token: entry.logprob for token, entry in step.items()} for step in generated.logprobs or ()
-        ),
-    )
-
-
-def parse_reuse(answer: Mapping[str, Any]) -> Reuse:
-    """The plugin's answer fields as a value."""
-    return Reuse(
-        exact=answer["exact"],
-        adapted=answer["adapted"],
-        local=answer["local"],
-        computed=answer["computed"],
-        chunk_ids=tuple(ChunkKey(key) for key in answer["chunk_ids"]),
-        refused=tuple(Refused(**refused) for refused in answer["refused"]),
-    )
-
-
-def _has_gpu() -> bool:
+def has_gpu() -> bool:
+    """Whether compiling the model pays: on a CPU it takes minutes."""
     import torch
 
     return torch.cuda.is_available()

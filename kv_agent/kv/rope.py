@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kv_agent.errors import UnsupportedModelError
+from kv_agent.kv import rotation_kernel
 
 # A float32 table multiplies position by frequency in float32, so its angle error grows with the angle:
 # a few roundings of 2**-24, relative. 2**-21 leaves room for position scaling, magnitude and GPU sin/cos.
@@ -65,11 +66,29 @@ def rotate_keys(k_THD: Tensor, delta: int, scheme: RotaryScheme) -> Tensor:
     _check_head_dim(k_THD, scheme)
     if delta == 0:
         return k_THD
-    moved_THD = k_THD.clone()
-    moved_THD[..., : scheme.rotary_dim] = _rotate(k_THD, _angles(float(delta), scheme), scheme).to(
-        k_THD.dtype
-    )
+    moved_THD = torch.empty(k_THD.shape, dtype=k_THD.dtype, device=k_THD.device)
+    copy_rotated_into(moved_THD, k_THD, delta, scheme)
     return moved_THD
+
+
+def copy_rotated_into(out_THD: Tensor, k_THD: Tensor, delta: int, scheme: RotaryScheme) -> None:
+    """Write what :func:`rotate_keys` gives into ``out_THD``: same shape and dtype, no memory shared."""
+    _check_head_dim(k_THD, scheme)
+    if delta == 0:
+        out_THD.copy_(k_THD)
+        return
+    angles_F = _angles(float(delta), scheme)
+    if scheme.neox and rotation_kernel.fits(out_THD, k_THD):
+        rotation_kernel.rotate_into(out_THD, k_THD, angles_F.cos().float(), angles_F.sin().float())
+        return
+    out_THD[..., : scheme.rotary_dim] = _rotate(k_THD, angles_F, scheme)
+    out_THD[..., scheme.rotary_dim :] = k_THD[..., scheme.rotary_dim :]
+
+
+def prepare_rotation(scheme: RotaryScheme, dtype: torch.dtype, device: torch.device) -> None:
+    """Do now what would delay the first rotation of such keys."""
+    if scheme.neox and rotation_kernel.serves(dtype, device):
+        rotation_kernel.compiled()
 
 
 def unrotate_keys(k_THD: Tensor, start: int, scheme: RotaryScheme) -> Tensor:
@@ -77,13 +96,22 @@ def unrotate_keys(k_THD: Tensor, start: int, scheme: RotaryScheme) -> Tensor:
 
     Leading dims are free. A constant magnitude in the model's table (YaRN) stays in the result.
     """
+    return _turned_by_position(k_THD, start, -1, scheme)
+
+
+def place_keys(plain_THD: Tensor, start: int, scheme: RotaryScheme) -> Tensor:
+    """Inverse of :func:`unrotate_keys` -> same shape, float32."""
+    return _turned_by_position(plain_THD, start, 1, scheme)
+
+
+def _turned_by_position(k_THD: Tensor, start: int, sign: int, scheme: RotaryScheme) -> Tensor:
     _check_head_dim(k_THD, scheme)
     T = k_THD.shape[-3]
     positions_T = torch.arange(start, start + T, dtype=torch.float64)
-    angles_T1F = _angles(-positions_T[:, None, None], scheme)
-    plain_THD = k_THD.to(torch.float32, copy=True)
-    plain_THD[..., : scheme.rotary_dim] = _rotate(k_THD, angles_T1F, scheme)
-    return plain_THD
+    angles_T1F = _angles(sign * positions_T[:, None, None], scheme)
+    turned_THD = k_THD.to(torch.float32, copy=True)
+    turned_THD[..., : scheme.rotary_dim] = _rotate(k_THD, angles_T1F, scheme)
+    return turned_THD
 
 
 def _check_head_dim(k_THD: Tensor, scheme: RotaryScheme) -> None:

@@ -56,6 +56,14 @@ class MemoryHit:
     chunk_keys: tuple[ChunkKey, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexSize:
+    """Entries and bytes of indexes in memory."""
+
+    num_entries: int
+    num_bytes: int
+
+
 class _Copies(NamedTuple):
     """A text that was found: its newest copy, and the one most like the query."""
 
@@ -134,6 +142,22 @@ class RetrievalEngine:
         """Namespaces whose index is in memory."""
         return len(self._indexes)
 
+    @property
+    def size(self) -> IndexSize:
+        """Of all indexes in memory together."""
+        with self._lock:
+            indexes = self._indexes.values()
+            return IndexSize(
+                num_entries=sum(index.num_entries for index in indexes),
+                num_bytes=sum(index.num_bytes for index in indexes),
+            )
+
+    @property
+    def followed(self) -> dict[str, int]:
+        """Number of the last change that each index in memory has followed, by namespace."""
+        with self._lock:
+            return {namespace: index.seq for namespace, index in self._indexes.items()}
+
     def save_snapshots(self) -> None:
         """Write the indexes that changed since they were last written; trouble is a warning."""
         with self._lock:
@@ -190,7 +214,8 @@ class RetrievalEngine:
             except ValueError as err:
                 if not self._warned:
                     self._warned = True
-                    logger.warning("chunk %s is found by its mean only: %s", key, err)
+                    about = {"event": "chunk_damaged", "chunk": key[:8]}
+                    logger.warning("chunk %s is found by its mean only: %s", key, err, extra=about)
         return known
 
     def _refreshed(self, namespace: str) -> NamespaceIndex:
@@ -201,7 +226,9 @@ class RetrievalEngine:
             changes = self._feed.changes_since(self._fingerprint, namespace, since, limit=_CHANGES_PER_STEP)
             if index.seq and not (changes and index.ends_with(changes[0])):
                 logger.warning(
-                    "the catalog was started again: index of namespace %r is built anew", namespace
+                    "the catalog was started again: index of namespace %r is built anew",
+                    namespace,
+                    extra={"event": "index_rebuilt", "namespace": namespace},
                 )
                 index = self._new_index(namespace)
                 self._saved_seq.pop(namespace, None)
@@ -219,7 +246,12 @@ class RetrievalEngine:
         try:
             index.save(self._snapshot_path(self._snapshot_dir, namespace))
         except OSError as err:
-            logger.warning("index of namespace %r not saved, it will be built anew: %s", namespace, err)
+            logger.warning(
+                "index of namespace %r not saved, it will be built anew: %s",
+                namespace,
+                err,
+                extra={"event": "index_not_saved", "namespace": namespace},
+            )
         else:
             self._saved_seq[namespace] = index.seq
 

@@ -289,6 +289,9 @@ class NamespaceIndex:
                 "chunk %s of namespace %r will not be found: its vector has %d values, others have %d, or "
                 "some are not finite or too large (this is said once)",
                 change.chunk_key, self.namespace, vector_V.size, size,
+                extra={
+                    "event": "chunk_damaged", "chunk": change.chunk_key[:8], "namespace": self.namespace
+                },
             )  # fmt: skip
 
     def _due_now(self) -> _Due | None:
@@ -324,7 +327,12 @@ class NamespaceIndex:
             self._take(self._fitting.result())
         except (KVAgentError, RuntimeError, MemoryError, CancelledError) as err:
             self._fitting = None
-            logger.warning("index of namespace %r goes on as it was fitted before: %s", self.namespace, err)
+            logger.warning(
+                "index of namespace %r goes on as it was fitted before: %s",
+                self.namespace,
+                err,
+                extra={"event": "index_not_fitted", "namespace": self.namespace},
+            )
 
     def _take(self, fitted: Fit) -> None:
         """From now on search with this fit; rows that were dead when it was made are dropped."""

@@ -22,6 +22,8 @@ from safetensors.numpy import save_file
 
 logger = logging.getLogger(__name__)
 
+_REBUILT = {"event": "index_rebuilt"}
+
 _FORMAT = "kv_agent.index.4"
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -57,10 +59,14 @@ def read_snapshot(path: Path, expected: Mapping[str, Any]) -> Snapshot | None:
     try:
         snapshot = _read(path)
     except (OSError, SafetensorError, ValueError, KeyError) as err:
-        logger.warning("index snapshot %s is ignored, the index is built anew: %s", path, err)
+        logger.warning("index snapshot %s is ignored, the index is built anew: %s", path, err, extra=_REBUILT)
         return None
     if any(snapshot.header.get(name) != value for name, value in expected.items()):
-        logger.warning("index snapshot %s is ignored, the index is built anew: it is of another index", path)
+        logger.warning(
+            "index snapshot %s is ignored, the index is built anew: it is of another index",
+            path,
+            extra=_REBUILT,
+        )
         return None
     return snapshot
 

@@ -1,1 +1,1 @@
-"""Where chunks live: blob files, the SQLite catalog, the host cache and the background writer."""
+"""Where chunks live: blob files, the SQLite catalog, copies in memory and the background writer."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, BinaryIO, Literal, TypeVar
+from typing import Annotated, Any, BinaryIO, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from kv_agent.chunks import (
     ChunkKey,
@@ -20,12 +20,12 @@ from kv_agent.chunks import (
     content_key,
 )
 from kv_agent.errors import ConfigError, CorruptChunkError
-from kv_agent.storage import codec
+from kv_agent.storage import blob_content
 from kv_agent.storage.container import ContainerWriter, Member, damaged, read_members
 from kv_agent.storage.store import NewChunk
 
 FORMAT = "kv_agent.archive"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 3  # 1 knew no codecs; until 2 checksums were SHA-256
 
 _HEADER, _END = "archive.json", "end.json"
 _CHUNKS, _TURNS = "chunks/", "turns/"
@@ -70,7 +70,7 @@ class _Chunk(_Model):
     parent: str
     start: int
     token_ids: tuple[int, ...]
-    sha256: str
+    checksum: Annotated[str, Field(validation_alias=AliasChoices("checksum", "sha256"))]  # as of old
     num_bytes: int
     vector: str | None
     sketch: str | None
@@ -88,6 +88,7 @@ class _Turn(_Model):
     created: float
     metadata: dict[str, bool | int | float | str]
     expires: float | None
+    pinned: bool = False  # older archives do not say
     chunk_keys: tuple[str, ...]
 
 
@@ -113,7 +114,7 @@ class ArchiveWriter:
     def add(self, archived: ArchivedTurn) -> None:
         turn = archived.turn
         for chunk in archived.chunks:
-            blob = codec.encode({chunk.key: chunk.kv}, turn.fingerprint)
+            blob = blob_content.encode({chunk.key: chunk.kv}, turn.fingerprint)
             self._container.add(f"{_CHUNKS}{chunk.key}.safetensors", blob)
         self._num_turns += 1
         self._num_chunks += len(archived.chunks)
@@ -212,7 +213,7 @@ def _chunk_to_json(chunk: NewChunk) -> dict[str, Any]:
         "parent": chunk.parent,
         "start": chunk.start,
         "token_ids": chunk.token_ids,
-        "sha256": codec.checksum(chunk.kv),
+        "checksum": blob_content.checksum(chunk.kv),
         "num_bytes": chunk.kv.nbytes,
         "vector": _to_base64(chunk.vector),
         "sketch": _to_base64(chunk.sketch),
@@ -238,12 +239,12 @@ def _turn_from_json(entry: _Entry, blobs: Mapping[str, bytes]) -> ArchivedTurn:
 def _chunk_from_json(chunk: _Chunk, blob: bytes, fingerprint: Fingerprint) -> NewChunk:
     key, parent, text_key = ChunkKey(chunk.key), ChunkKey(chunk.parent), ContentKey(chunk.content_key)
     try:
-        kv = codec.decode(blob, key)
+        kv = blob_content.decode(blob, key)
         # A key says which tokens, behind which context and of which model: the one thing others rely on.
         expected = (chain_key(parent, chunk.token_ids), content_key(fingerprint, chunk.token_ids))
         if (key, text_key) != expected:
             raise CorruptChunkError("its key is not that of its tokens")
-        if (kv.nbytes, codec.checksum(kv)) != (chunk.num_bytes, chunk.sha256):
+        if kv.nbytes != chunk.num_bytes or not blob_content.is_of(kv, chunk.checksum):
             raise CorruptChunkError("its checksum differs")
         return NewChunk(
             key=key,

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 import sqlite3
-import threading
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -28,11 +26,16 @@ from kv_agent.chunks import (
     TurnId,
     TurnRecord,
 )
+from kv_agent.config import Fsync
 from kv_agent.errors import StorageError
 from kv_agent.storage import documents, rows, schema, turn_reads, turn_writes, upkeep
 from kv_agent.storage import statements as sql
+from kv_agent.storage.connection import ThreadConnections, is_busy, is_worth_reopening, storage_error
 from kv_agent.storage.documents import TextHit
 from kv_agent.storage.fork_gate import ForkGate
+from kv_agent.storage.history import History
+from kv_agent.storage.ledger import Ledger
+from kv_agent.storage.overview import Overview
 from kv_agent.storage.turn_reads import StoredTurn
 from kv_agent.storage.turn_writes import AddResult
 from kv_agent.storage.upkeep import Dropped
@@ -40,31 +43,37 @@ from kv_agent.storage.upkeep import Dropped
 _FORK_GATE = ForkGate()
 
 
-class _ThreadConnection:
-    """A connection that is closed when its thread ends; on its own it would await the garbage collector."""
-
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self.connection = connection
-
-    def close(self) -> None:
-        with suppress(sqlite3.Error):
-            self.connection.close()
-
-    __del__ = close
-
-
 class Catalog:
-    """Rows of one store, one connection per thread. Every failure is a :class:`StorageError`."""
+    """Rows of one store, one connection per thread. Every failure is a :class:`StorageError`.
 
-    def __init__(self, path: Path) -> None:
+    Where the file is no longer in its place, its disk is unmounted, say, it is read for as long as it can be,
+    but nothing is written. ``fsync`` says whether a commit waits for the disk.
+    """
+
+    def __init__(self, path: Path, fsync: Fsync = "always") -> None:
         self._path = path
         self._closed = False
-        self._local = threading.local()
-        self._connections: weakref.WeakSet[_ThreadConnection] = weakref.WeakSet()
+        self._connections = ThreadConnections(path, fsync)
         _FORK_GATE.watch(self)
         with self._connection() as db:
             schema.require_fts5(db)
             schema.migrate(db)
+        self._connections.may_create = False  # were the file gone later, its disk would be, too
+
+    @property
+    def ledger(self) -> Ledger:
+        """Who may keep how much, who holds how much, and how turns were used."""
+        return Ledger(self._transaction)
+
+    @property
+    def history(self) -> History:
+        """What became of memories lately."""
+        return History(self._transaction)
+
+    @property
+    def overview(self) -> Overview:
+        """Who has memories, and how many."""
+        return Overview(self._transaction)
 
     # Fingerprints
 
@@ -113,10 +122,17 @@ class Catalog:
         return {asked: found[turn_id] for asked, turn_id in resolved.items()}
 
     def list_turns(
-        self, scope: Scope, limit: int = 100, before_created: float | None = None
+        self,
+        scope: Scope,
+        limit: int = 100,
+        before_created: float | None = None,
+        before_id: str | None = None,
     ) -> list[TurnRecord]:
-        """Turns that ``scope`` admits, newest first, created strictly before ``before_created``."""
-        limits = {"before": before_created, "limit": _checked_limit(limit)}
+        """Turns that ``scope`` admits, newest first, created strictly before ``before_created``.
+
+        With ``before_id`` also those created just then with a lower id, so that pages miss nothing.
+        """
+        limits = {"before": before_created, "before_id": before_id, "limit": _checked_limit(limit)}
         with self._transaction("BEGIN") as db:
             return turn_reads.records(
                 db, db.execute(sql.LIST_TURNS, rows.scope_to_row(scope) | limits).fetchall()
@@ -214,7 +230,7 @@ class Catalog:
 
     def child_lengths(self, parent: ChunkKey) -> tuple[int, ...]:
         """Distinct token counts, ascending, of the usable chunks computed right after ``parent``."""
-        return tuple(length for (length,) in self._fetch_all(sql.CHILD_LENGTHS, (parent,)))
+        return tuple(length for (length,) in self._fetch_all(sql.CHILD_LENGTHS, {"parent": parent}))
 
     def same_text(
         self, content_keys: Iterable[ContentKey], scope: Scope, fingerprint: Fingerprint
@@ -270,6 +286,11 @@ class Catalog:
 
     # Upkeep
 
+    def require_writable(self) -> None:
+        """Raise :class:`StorageError` where nothing can be stored now."""
+        with self._transaction():
+            pass
+
     def drop_overdue(self, now: float, *, dry_run: bool = False) -> Dropped:
         """Forget the turns whose time is over at ``now``, and delete chunks that no turn refers to."""
         with self._transaction() as db:
@@ -298,7 +319,7 @@ class Catalog:
             try:
                 return upkeep.shrink(db)
             except sqlite3.OperationalError as err:
-                if not schema.is_busy(err):
+                if not is_busy(err):
                     raise
                 return 0  # others are writing without a break; the pages will be used again
 
@@ -312,28 +333,33 @@ class Catalog:
 
     def drop_connections(self) -> None:
         """Close every connection; the fork gate calls this while none is in use."""
-        for connection in list(self._connections):
-            connection.close()
-        self._local = threading.local()
-        self._connections = weakref.WeakSet()
+        self._connections.drop()
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:
         """This thread's connection; not to be nested."""
         with _FORK_GATE.shared():
+            if self._closed:
+                raise StorageError(f"catalog {self._path} is closed")
+            mine = self._connections.mine()
             try:
-                yield self._thread_connection()
-            # UnicodeError, OverflowError: values SQLite cannot hold, such as lone surrogates.
+                yield mine.connection
             except (sqlite3.Error, UnicodeError, OverflowError) as err:
-                raise StorageError(f"catalog {self._path}: {err}") from err
+                mine.has_failed = is_worth_reopening(err)
+                raise storage_error(self._path, err) from err
 
     @contextmanager
     def _transaction(self, begin: str = "BEGIN IMMEDIATE") -> Iterator[sqlite3.Connection]:
         # IMMEDIATE takes the write lock at once: a reader that upgrades later fails instead of waiting.
+        writes = begin != "BEGIN"
         with self._connection() as db:
             db.execute(begin)
             try:
+                if writes:
+                    self._connections.require_in_place()
                 yield db
+                if writes:  # bytes written or deleted meanwhile went to the disk that is there now
+                    self._connections.require_in_place()
                 db.commit()
             except BaseException:
                 db.rollback()
@@ -347,16 +373,6 @@ class Catalog:
         with self._connection() as db:
             row: rows.Row | None = db.execute(statement, parameters).fetchone()
             return row
-
-    def _thread_connection(self) -> sqlite3.Connection:
-        if self._closed:
-            raise StorageError(f"catalog {self._path} is closed")
-        mine: _ThreadConnection | None = getattr(self._local, "mine", None)
-        if mine is None:
-            mine = _ThreadConnection(schema.connect(self._path))
-            self._connections.add(mine)
-            self._local.mine = mine
-        return mine.connection
 
 
 def _checked_limit(limit: int) -> int:

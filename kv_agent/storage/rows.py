@@ -47,6 +47,7 @@ def turn_to_row(turn: TurnRecord) -> dict[str, Any]:
         "created": turn.created,
         "metadata": json.dumps(dict(turn.metadata)),
         "expires": turn.expires,
+        "pinned": turn.pinned,
     }
 
 
@@ -65,7 +66,7 @@ def filter_to_row(only: TurnFilter) -> dict[str, Any]:
 
 TURN_COLUMNS = (
     "t.turn_id, t.namespace, t.user_id, t.agent_id, t.session_id, t.fingerprint, t.num_tokens, t.text,"
-    " t.created, t.metadata, t.expires"
+    " t.created, t.metadata, t.expires, t.pinned"
 )
 
 
@@ -81,6 +82,7 @@ def turn_from_row(row: Row, chunk_keys: Sequence[ChunkKey]) -> TurnRecord:
         created=row[8],
         metadata=json.loads(row[9]),
         expires=row[10],
+        pinned=bool(row[11]),
     )
 
 
@@ -97,16 +99,17 @@ def chunk_to_row(record: ChunkRecord, vector: bytes | None, created: float) -> d
         "token_ids": token_bytes(record.token_ids),
         "blob": record.blob,
         "tensor": record.tensor,
-        "sha256": record.sha256,
+        "checksum": record.checksum,
         "num_bytes": record.num_bytes,
+        "codec": record.codec,
         "vector": vector,
         "created": created,
     }
 
 
 CHUNK_COLUMNS = (
-    "key, content_key, parent, fingerprint, namespace, user_id, start, token_ids, blob, tensor, sha256,"
-    " num_bytes, quarantine_reason IS NOT NULL"
+    "key, content_key, parent, fingerprint, namespace, user_id, start, token_ids, blob, tensor, checksum,"
+    " num_bytes, codec, quarantine_reason IS NOT NULL"
 )
 
 
@@ -123,9 +126,10 @@ def chunk_from_row(row: Row) -> ChunkRecord:
         token_ids=tokens_from_bytes(row[7]),
         blob=row[8],
         tensor=row[9],
-        sha256=row[10],
+        checksum=row[10],
         num_bytes=row[11],
-        quarantined=bool(row[12]),
+        codec=row[12],
+        quarantined=bool(row[13]),
     )
 
 

@@ -1,4 +1,4 @@
-"""How a catalog is opened: its connections, its tables and the ordered migrations that make them."""
+"""The tables of a catalog and the ordered migrations that make them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import json
 import sqlite3
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Protocol
 
 from kv_agent.errors import StorageError
+from kv_agent.storage.history_tables import M008
+from kv_agent.storage.retention_tables import M007
+from kv_agent.storage.totals_tables import M009
 from kv_agent.storage.words import words
-
-BUSY_TIMEOUT_S = 30.0
 
 
 class Database(Protocol):
@@ -62,15 +62,49 @@ def m005_content(db: Database) -> None:
     db.execute(_M005)
 
 
+def m006_codecs(db: Database) -> None:
+    """How a chunk's bytes are written; those stored before are KV as it is."""
+    db.execute(_M006)
+
+
+def m007_retention(db: Database) -> None:
+    """Who may keep how much, how turns were used, and exact totals."""
+    for statement in M007:
+        db.execute(statement)
+
+
+def m008_history(db: Database) -> None:
+    """The last comings and goings of memories; those before are not known."""
+    for statement in M008:
+        db.execute(statement)
+
+
+def m009_totals(db: Database) -> None:
+    """What the whole store holds and has let go, exact and without counting."""
+    for statement in M009:
+        db.execute(statement)
+
+
+def m010_checksums(db: Database) -> None:
+    """Checksums are no longer of SHA-256 alone; those that are there stay."""
+    db.execute(_M010)
+
+
 MIGRATIONS: tuple[Callable[[Database], None], ...] = (
     m001_initial,
     m002_text_search,
     m003_sketches,
     m004_expiry,
     m005_content,
+    m006_codecs,
+    m007_retention,
+    m008_history,
+    m009_totals,
+    m010_checksums,
 )
 
 _USES_FTS5 = "SELECT fts5_source_id()"
+_VERSION = "SELECT coalesce(max(version), 0) FROM schema_migrations"
 
 
 def require_fts5(db: Database) -> None:
@@ -86,49 +120,10 @@ def require_fts5(db: Database) -> None:
         ) from err
 
 
-def connect(path: Path) -> sqlite3.Connection:
-    """A connection as every user of a catalog needs it; the file is made if there is none."""
-    connection = sqlite3.connect(
-        path,
-        timeout=BUSY_TIMEOUT_S,
-        isolation_level=None,  # transactions are begun by us, never implicitly
-        check_same_thread=False,  # used by one thread, but closed by whoever forks or closes
-    )
-    try:
-        _enter_wal(connection)
-        # In WAL mode the default (NORMAL) may lose the last commits at a power loss. Whoever waits for a
-        # turn is told it is durable once its row is committed, so every commit is synced.
-        connection.execute("PRAGMA synchronous = FULL")
-        connection.execute("PRAGMA foreign_keys = ON")
-    except BaseException:
-        connection.close()
-        raise
-    return connection
-
-
-def is_busy(err: sqlite3.OperationalError) -> bool:
-    """Whether others hold the lock that was needed."""
-    return err.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
-
-
-def _enter_wal(db: sqlite3.Connection) -> None:
-    """Switch to WAL, which survives in the file; later connections find it so."""
-    deadline = time.monotonic() + BUSY_TIMEOUT_S
-    while True:
-        try:
-            mode = db.execute("PRAGMA journal_mode = WAL").fetchone()[0]
-            break
-        except sqlite3.OperationalError as err:
-            # Two processes creating the file at once: SQLite refuses one without its busy timeout.
-            if not is_busy(err) or time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
-    if mode != "wal":
-        raise StorageError(f"SQLite cannot use its WAL mode here (got {mode!r}); use a local disk")
-
-
 def migrate(db: Database) -> None:
     """Bring the tables up to date; refuses a schema that a newer release made."""
+    if _is_current(db):  # without the write lock: others may be writing, and nobody may on a read-only disk
+        return
     while True:
         # One transaction per migration, so that it is committed together with its record. Taking the
         # write lock before looking keeps two processes from both running it.
@@ -152,12 +147,17 @@ def require_known_schema(version: int) -> None:
         )
 
 
+def _is_current(db: Database) -> bool:
+    made = db.execute("SELECT 1 FROM sqlite_master WHERE name = 'schema_migrations'").fetchone()
+    return bool(made) and db.execute(_VERSION).fetchone()[0] == len(MIGRATIONS)
+
+
 def _migrate_once(db: Database) -> bool:
     db.execute(
         "CREATE TABLE IF NOT EXISTS schema_migrations"
         " (version INTEGER PRIMARY KEY, name TEXT NOT NULL, applied REAL NOT NULL)"
     )
-    version: int = db.execute("SELECT coalesce(max(version), 0) FROM schema_migrations").fetchone()[0]
+    version: int = db.execute(_VERSION).fetchone()[0]
     require_known_schema(version)
     if version == len(MIGRATIONS):
         return True
@@ -296,6 +296,8 @@ _M004 = (
     "CREATE INDEX turns_by_expiry ON turns (expires) WHERE expires IS NOT NULL",
 )
 _M005 = "CREATE INDEX chunks_by_content ON chunks (content_key)"
+_M006 = "ALTER TABLE chunks ADD COLUMN codec TEXT NOT NULL DEFAULT 'raw'"
+_M010 = "ALTER TABLE chunks RENAME COLUMN sha256 TO checksum"
 _M002_TURNS = """
     SELECT t.turn_id, t.fingerprint, t.namespace, t.user_id, t.agent_id, t.session_id, t.text,
            (SELECT json_group_array(content_key) FROM (

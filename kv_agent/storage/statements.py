@@ -31,14 +31,14 @@ CHUNK_STATES = """
 """
 INSERT_CHUNK = """
     INSERT INTO chunks (key, content_key, parent, fingerprint, namespace, user_id, start, num_tokens,
-                        token_ids, blob, tensor, sha256, num_bytes, vector, created)
+                        token_ids, blob, tensor, checksum, num_bytes, codec, vector, created)
     VALUES (:key, :content_key, :parent, :fingerprint, :namespace, :user_id, :start, :num_tokens,
-            :token_ids, :blob, :tensor, :sha256, :num_bytes, :vector, :created)
+            :token_ids, :blob, :tensor, :checksum, :num_bytes, :codec, :vector, :created)
 """
 # The key fixes everything else; the vector does not come from the damaged bytes and stays good.
 REVIVE_CHUNK = """
-    UPDATE chunks SET start = :start, blob = :blob, tensor = :tensor, sha256 = :sha256,
-        num_bytes = :num_bytes, vector = coalesce(:vector, vector), created = :created,
+    UPDATE chunks SET start = :start, blob = :blob, tensor = :tensor, checksum = :checksum,
+        num_bytes = :num_bytes, codec = :codec, vector = coalesce(:vector, vector), created = :created,
         quarantine_reason = NULL
     WHERE key = :key
 """
@@ -60,9 +60,17 @@ UNUSED_BLOBS = """
     SELECT value FROM json_each(?)
     WHERE NOT EXISTS (SELECT 1 FROM chunks WHERE blob = value)
 """
+# From one length to the next through the index: very many chunks may begin a sequence, of few lengths.
 CHILD_LENGTHS = """
-    SELECT DISTINCT num_tokens FROM chunks WHERE parent = ? AND quarantine_reason IS NULL
-    ORDER BY num_tokens
+    WITH RECURSIVE lengths (length) AS (
+        SELECT 0
+        UNION ALL
+        SELECT (SELECT num_tokens FROM chunks
+                WHERE parent = :parent AND num_tokens > length AND quarantine_reason IS NULL
+                ORDER BY num_tokens LIMIT 1)
+        FROM lengths WHERE length IS NOT NULL
+    )
+    SELECT length FROM lengths WHERE length > 0
 """
 QUARANTINE_CHUNK = """
     UPDATE chunks SET quarantine_reason = :reason
@@ -81,16 +89,22 @@ RESOLVE_TURNS = """
 """
 INSERT_TURN = """
     INSERT INTO turns (turn_id, digest, namespace, user_id, agent_id, session_id, fingerprint, num_tokens,
-                       text, created, metadata, expires)
+                       text, created, metadata, expires, pinned)
     VALUES (:turn_id, :digest, :namespace, :user_id, :agent_id, :session_id, :fingerprint, :num_tokens,
-            :text, :created, :metadata, :expires)
+            :text, :created, :metadata, :expires, :pinned)
+"""
+# To store a turn again is to use it, and may pin it.
+USE_AGAIN = """
+    UPDATE turns SET pinned = max(pinned, :pinned),
+        last_used = CASE WHEN :created > coalesce(last_used, created) THEN :created ELSE last_used END
+    WHERE turn_id = :turn_id
 """
 # Whoever stores a turn again keeps it at least as long as it was to be kept already.
 PROLONG_TURN = """
     UPDATE turns SET expires = CASE WHEN :expires IS NOT NULL THEN max(expires, :expires) END
     WHERE turn_id = :turn_id AND expires IS NOT NULL
 """
-EXPIRED_TURNS = "SELECT turn_id FROM turns WHERE expires <= ?"
+EXPIRED_TURNS = "SELECT turn_id FROM turns WHERE expires <= ? AND NOT pinned"
 INSERT_ALIAS = "INSERT INTO turn_aliases (alias, turn_id) VALUES (?, ?)"
 INSERT_TURN_CHUNK = "INSERT INTO turn_chunks (turn_id, role, idx, chunk_key) VALUES (?, ?, ?, ?)"
 CONTEXT_OF_TURN = "SELECT chunk_key FROM turn_chunks WHERE turn_id = ? AND role = 'context' ORDER BY idx"
@@ -114,7 +128,7 @@ LIST_TURNS = f"""
         AND EXISTS (SELECT 1 FROM turn_chunks c WHERE c.turn_id = t.turn_id AND c.role = 'content')
         AND (:agent_id IS NULL OR t.agent_id = :agent_id)
         AND (:session_id IS NULL OR t.session_id = :session_id)
-        AND (:before IS NULL OR t.created < :before)
+        AND (:before IS NULL OR t.created < :before OR (t.created = :before AND t.turn_id < :before_id))
     ORDER BY t.created DESC, t.turn_id DESC LIMIT :limit
 """
 
@@ -191,6 +205,17 @@ SEARCH_FILTERED_TEXT = _SEARCH_TEXT.format(
 CHUNKS_OF_TURNS = """
     SELECT DISTINCT chunk_key FROM turn_chunks WHERE turn_id IN (SELECT value FROM json_each(?))
 """
+RECORD_DEPARTURES = """
+    INSERT INTO departures (turn_id)
+    SELECT value FROM json_each(:ids)
+    UNION ALL SELECT alias FROM turn_aliases WHERE turn_id IN (SELECT value FROM json_each(:ids))
+"""
+RECORD_GOING = """
+    INSERT INTO turn_events (kind, turn_id, namespace, user_id, agent_id, session_id)
+    SELECT :kind, turn_id, namespace, user_id, agent_id, session_id FROM turns
+    WHERE num_tokens > 0 AND turn_id IN (SELECT value FROM json_each(:ids)) ORDER BY created, turn_id
+"""
+DROP_OLD_DEPARTURES = "DELETE FROM departures WHERE seq <= (SELECT max(seq) - 10000 FROM departures)"
 DELETE_TURNS = "DELETE FROM turns WHERE turn_id IN (SELECT value FROM json_each(?))"
 BLOBS_OF_CHUNKS = "SELECT DISTINCT blob FROM chunks WHERE key IN (SELECT value FROM json_each(?))"
 DELETE_UNUSED_CHUNKS = """

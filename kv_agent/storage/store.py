@@ -1,4 +1,4 @@
-"""The local store: blob files, their catalog and a host cache, kept consistent with each other.
+"""The local store: blob files, their catalog and tiers in memory, kept consistent with each other.
 
 Bytes are durable before a row names them, and a row is gone before its bytes are, so that a crash at
 any moment leaves at worst a file nobody refers to.
@@ -10,30 +10,43 @@ import logging
 import re
 import secrets
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from kv_agent.chunks import ChunkKey, ChunkRecord, ContentKey, TurnId, TurnRecord
+from kv_agent.chunks import ChunkKey, ChunkRecord, ContentKey, Scope, TurnId, TurnRecord
+from kv_agent.config import Fsync
 from kv_agent.errors import StorageError
-from kv_agent.storage import checking, codec, garbage
+from kv_agent.machine import use_own_cpus
+from kv_agent.storage import blob_content, checking, garbage
 from kv_agent.storage.blobs import BlobFiles, MissingBlobError
 from kv_agent.storage.catalog import Catalog
 from kv_agent.storage.checking import BadChunk, Inspection
+from kv_agent.storage.codecs import PLAIN, Codec, Payload, codec_of
+from kv_agent.storage.eviction import Evictor
 from kv_agent.storage.garbage import GRACE_S, Garbage
-from kv_agent.storage.lru import ChunkCache
+from kv_agent.storage.ledger import Gone
+from kv_agent.storage.policy import Policy, policy_named
+from kv_agent.storage.ranking import AccessWindow
+from kv_agent.storage.retention import Retention, default_disk_bytes
+from kv_agent.storage.tier_stack import TierStack, memory_tiers
+from kv_agent.storage.tiers import DiskTier
 from kv_agent.storage.turn_writes import AddResult, UnknownChunkError
 
 logger = logging.getLogger(__name__)
 
 _PUT_ATTEMPTS = 3
+# Turns that go under one hold of the catalog's write lock: others wait meanwhile.
+_EXPIRED_AT_ONCE = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class NewChunk:
-    """A chunk to be stored: ``kv`` is contiguous ``[L, 2, T, H, D]`` on the CPU.
+    """A chunk to be stored: ``kv`` is contiguous ``[L, 2, T, H, D]`` on the CPU, or coded already.
 
     Whoever passes it on no longer modifies ``kv``. A chunk that can be found has its pooled keys as
     ``vector`` (little-endian float32) and those of its tokens as ``sketch``.
@@ -44,12 +57,12 @@ class NewChunk:
     parent: ChunkKey
     start: int
     token_ids: tuple[int, ...]
-    kv: Tensor
+    kv: Payload
     vector: bytes | None
     sketch: bytes | None = None
 
     def __post_init__(self) -> None:
-        if self.kv.dim() != 5 or self.kv.shape[2] != len(self.token_ids):
+        if len(self.kv.shape) != 5 or self.kv.shape[2] != len(self.token_ids):
             raise ValueError(
                 f"chunk {self.key}: kv of shape {tuple(self.kv.shape)} is not [L, 2, T, H, D] with"
                 f" T = {len(self.token_ids)} tokens"
@@ -57,17 +70,61 @@ class NewChunk:
 
 
 class LocalStore:
-    """One directory that any number of threads and processes on this machine may share."""
+    """One directory that any number of threads and processes on this machine may share.
 
-    def __init__(self, root: Path, host_bytes: int) -> None:
+    ``device_bytes``, ``host_bytes`` and ``warm_bytes`` bound this process's copies of chunks, see
+    :mod:`~kv_agent.storage.tier_stack`; ``device`` is where the engine needs KV.
+    ``fsync`` says whether storing waits until the disk has the bytes. ``policy`` says who goes first where
+    there is no room, on disk and in the tiers, unless a namespace names its own. ``disk_bytes`` is what the
+    files of all namespaces may take, by default most of what is free, see
+    :func:`~kv_agent.storage.retention.default_disk_bytes`. Storing a turn makes room for it, unless
+    ``makes_room`` leaves that to another process, which calls :meth:`make_room`.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        host_bytes: int,
+        *,
+        warm_bytes: int = 0,
+        device_bytes: int = 0,
+        device: torch.device | None = None,
+        promote_after: int = 1,
+        policy: Policy | None = None,
+        codec: Codec = PLAIN,
+        fsync: Fsync = "always",
+        disk_bytes: int | None = None,
+        makes_room: bool = True,
+    ) -> None:
         try:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as err:
             raise StorageError(f"cannot create the store directory {root}: {err}") from err
         self._root = root
-        self._blobs = BlobFiles(root)
-        self._cache = ChunkCache(host_bytes)
-        self._catalog = Catalog(root / "catalog.sqlite3")
+        self._codec = codec
+        self._blobs = BlobFiles(root, fsync)
+        policy = policy or policy_named("lru")
+        memory = memory_tiers(
+            device_bytes=device_bytes,
+            host_bytes=host_bytes,
+            warm_bytes=warm_bytes,
+            device=device,
+            policy=policy,
+        )
+        accesses = AccessWindow(promote_after)
+        self._catalog = Catalog(root / "catalog.sqlite3", fsync)
+        if disk_bytes is None:
+            used_bytes = self._catalog.ledger.held(None).num_bytes
+            disk_bytes = default_disk_bytes(self._blobs.free_bytes(), used_bytes)
+        self._evictor = Evictor(self._catalog, policy, disk_bytes)
+        self._disk_bytes = disk_bytes
+        self._makes_room = makes_room
+        self._tiers = TierStack(
+            memory,
+            DiskTier(self._read, self.disk_counts),
+            accesses,
+            ThreadPoolExecutor(1, "kv-agent-tiers", initializer=use_own_cpus),
+        )
 
     @property
     def catalog(self) -> Catalog:
@@ -83,10 +140,14 @@ class LocalStore:
     ) -> AddResult:
         """Store a turn and those of its chunks whose bytes the store does not have yet.
 
-        When this returns, the turn survives a crash. Content chunks named in ``turn.chunk_keys`` may
-        be left out of ``content`` when they are stored already, and such context be given as a bare key.
-        With ``is_part`` context is added to a turn that must be there.
+        When this returns, the turn survives a crash of the process and, if the store syncs, a power loss.
+        Content chunks named in ``turn.chunk_keys`` may be left out of ``content`` when they are stored
+        already, and such context be given as a bare key. With ``is_part`` context is added to a turn that
+        must be there.
+
+        Then turns go that exceed the limits now; this one does if there is no room for it at all.
         """
+        turn = self._evictor.with_expiry(turn)
         given = {chunk.key for chunk in (*context, *content) if isinstance(chunk, NewChunk)}
         for _ in range(_PUT_ATTEMPTS - 1):
             try:
@@ -97,23 +158,44 @@ class LocalStore:
                 # Another process forgot a chunk after we had found it stored: write it this time.
         return self._put_turn(turn, context, content, is_part)
 
-    def load(self, record: ChunkRecord) -> Tensor:
-        """The chunk's tensor, verified; shared with the cache, so never modify it.
+    def make_room(self, scope: Scope, stored: TurnId, *, is_new: bool = True) -> None:
+        """Let turns go that exceed the limits now that this one is stored; after trouble the next tries.
 
-        Raises :class:`MissingBlobError` or :class:`CorruptChunkError` when the bytes are lost, and a
-        plain :class:`StorageError` when they may be fine.
+        It goes itself if there is no room for it at all, unless it was there before.
         """
-        cached = self._cache.get(record.key)
-        if cached is not None:
-            return cached
-        tensor = self._read(record)
-        self._cache.put(record.key, tensor)
-        return tensor
+        for gone in self._evictor.make_room(scope, stored, is_new=is_new):
+            self._let_go(gone)
+
+    def retention(self, namespace: str) -> Retention:
+        """The limits that apply to a namespace: its own, else those of all others."""
+        return self._catalog.ledger.retention(namespace)
+
+    def set_retention(self, namespace: str | None, retention: Retention | None) -> None:
+        """Set the limits of a namespace for all processes, ``None`` being all that have none of their own.
+
+        Without ``retention`` they are taken away. What exceeds them goes when the next turn is stored there.
+        """
+        self._catalog.ledger.set_retention(namespace, retention)
+
+    def load(self, record: ChunkRecord) -> Tensor:
+        """The chunk's tensor, verified; shared with the tiers, so never modify it.
+
+        It is on the store's ``device`` if the tier there has it, else on the CPU. Raises
+        :class:`MissingBlobError` or :class:`CorruptChunkError` when the bytes are lost, and a plain
+        :class:`StorageError` when they may be fine.
+        """
+        return self._tiers.load(record)
+
+    def stored(self, record: ChunkRecord) -> Payload:
+        """The chunk as its bytes are on disk, verified; raises as :meth:`load` does."""
+        payload = self._blobs.read_chunk(record.blob, record.tensor)
+        blob_content.verify(payload, record)
+        return payload
 
     def quarantine(self, key: ChunkKey, reason: str) -> None:
         """No longer offer a chunk whose bytes turned out to be bad or lost."""
         self._catalog.quarantine(key, reason)
-        self._cache.discard(key)
+        self._tiers.discard(key)
 
     def forget(self, turn_ids: Iterable[TurnId]) -> None:
         """Delete turns and whatever bytes only they used; unknown ids are fine."""
@@ -121,21 +203,54 @@ class LocalStore:
         keys = self._catalog.chunk_keys_of_turns(ids)
         unused_blobs = self._catalog.forget(ids)
         for key in keys - self._catalog.chunks(keys).keys():
-            self._cache.discard(key)
+            self._tiers.discard(key)
         for relpath in unused_blobs:
             self._blobs.delete(relpath)
 
-    def forget_expired(self, now: float) -> None:
-        """Delete turns whose time is over at ``now`` (Unix time), as :meth:`forget` does."""
-        if expired := self._catalog.expired(now):
-            self.forget(expired)
+    def forget_expired(self, now: float) -> int:
+        """Delete turns whose time is over at ``now`` (Unix time), as :meth:`forget` does -> how many."""
+        num_gone = 0
+        is_more = bool(self._catalog.expired(now))  # mostly there are none: then nobody waits for a lock
+        while is_more:
+            gone = self._catalog.ledger.expire(now, _EXPIRED_AT_ONCE)
+            self._let_go(gone)
+            num_gone += len(gone.turn_ids)
+            is_more = len(gone.turn_ids) == _EXPIRED_AT_ONCE
+        return num_gone
+
+    def disk_counts(self) -> dict[str, int]:
+        """``bytes`` of the files, ``chunks`` in them, and the ``limit`` of the bytes."""
+        ledger = self._catalog.ledger
+        return {
+            "bytes": ledger.held(None).num_bytes,
+            "chunks": ledger.totals().num_chunks,
+            "limit": self._disk_bytes,
+        }
+
+    def free_bytes(self) -> int:
+        """How many more bytes the disk takes, whatever the limit."""
+        return self._blobs.free_bytes()
+
+    def memory_counts(self) -> dict[str, dict[str, int]]:
+        """What each tier in memory of this process counts, by its name, without asking the disk."""
+        return self._tiers.memory_counts()
 
     def stats(self) -> dict[str, int]:
-        """The catalog's counts, and ``host_bytes`` and ``host_chunks`` of this process's cache."""
+        """The catalog's counts, and what each tier of this process counts, as ``tier_NAME_WHAT``.
+
+        ``host_bytes`` and ``host_chunks`` are those of the tier ``host``, 0 if there is none. Turns that were
+        evicted or refused count from all processes, since the store exists.
+        """
+        tiers = self._tiers.counts()
+        accounts = self._catalog.ledger.accounts().values()
         return {
             **self._catalog.stats(),
-            "host_bytes": self._cache.used_bytes,
-            "host_chunks": len(self._cache),
+            "host_bytes": tiers.get("tier_host_bytes", 0),
+            "host_chunks": tiers.get("tier_host_chunks", 0),
+            **tiers,
+            "evicted_turns": sum(account.evicted_turns for account in accounts),
+            "evicted_bytes": sum(account.evicted_bytes for account in accounts),
+            "refused_turns": sum(account.refused_turns for account in accounts),
         }
 
     def check(self) -> list[str]:
@@ -148,7 +263,7 @@ class LocalStore:
 
     def inspect(self, older_than_s: float = GRACE_S) -> Inspection:
         """As :meth:`check`; a file without a row is a problem once it is ``older_than_s`` seconds old."""
-        return checking.inspect(self._catalog, self._blobs, self._read, older_than_s)
+        return checking.inspect(self._catalog, self._blobs, self.stored, older_than_s)
 
     def repair(self, found: Inspection) -> list[BadChunk]:
         """Quarantine the chunks whose bytes are lost or damaged -> those that now are.
@@ -159,7 +274,7 @@ class LocalStore:
         for bad in found.bad_chunks:
             key, blob = bad.record.key, bad.record.blob
             if bad.is_gone and self._catalog.quarantine(key, bad.problem, blob):
-                self._cache.discard(key)
+                self._tiers.discard(key)
                 quarantined.append(bad)
         return quarantined
 
@@ -169,12 +284,17 @@ class LocalStore:
         That is turns whose time is over, chunks of no turn, files ``older_than_s`` seconds old that no row
         names, and free pages of the catalog. A dry run only tells.
         """
-        return garbage.collect(
+        found = garbage.collect(
             self._root, self._catalog, self._blobs, older_than_s=older_than_s, dry_run=dry_run
         )
+        copies = self._tiers.chunk_keys()
+        for key in copies - self._catalog.chunks(copies).keys():
+            self._tiers.discard(key)
+        return found
 
     def close(self) -> None:
-        """Close the catalog; twice is harmless."""
+        """Close tiers and catalog; twice is harmless."""
+        self._tiers.close()
         self._catalog.close()
 
     def _put_turn(
@@ -190,15 +310,18 @@ class LocalStore:
         new = {key: chunk for key, chunk in chunks.items() if key not in live}
         name = _blob_name(turn)
         blob = self._blobs.relpath(name)
-        records = {key: _record(chunk, turn, blob) for key, chunk in new.items()}
+        payloads = {key: self._payload(chunk) for key, chunk in new.items()}
+        draft = blob_content.Draft(payloads, turn.fingerprint)
 
         def write_missing_blob() -> None:
             if new and not self._blobs.has(blob):
-                data = codec.encode({key: chunk.kv for key, chunk in new.items()}, turn.fingerprint)
-                self._blobs.write(name, data)
+                self._blobs.write(name, draft.parts())
 
         with suppress(MissingBlobError):  # collected as garbage while it was written; see before_commit
             write_missing_blob()
+        records = {
+            key: _record(chunk, turn, blob, payloads[key], draft.checksum(key)) for key, chunk in new.items()
+        }
         try:
             result = self._catalog.add_turn(
                 turn,
@@ -219,20 +342,29 @@ class LocalStore:
             self._delete_unused([blob])
         self._delete_unused(result.unused_blobs)
         for key in result.new_chunks:
-            self._cache.put(key, new[key].kv)
+            if isinstance(kv := new[key].kv, Tensor):
+                self._tiers.put(records[key], kv)
+        if self._makes_room:
+            self.make_room(turn.scope, result.turn_id, is_new=result.new_turn)
         return result
+
+    def _let_go(self, gone: Gone) -> None:
+        for key in gone.keys:
+            self._tiers.discard(key)
+        self._delete_unused(gone.blobs)
 
     def _delete_unused(self, relpaths: Iterable[str]) -> None:
         for relpath in relpaths:
             try:
                 self._blobs.delete(relpath)
             except StorageError as err:  # costs disk space only; check() finds it
-                logger.warning("an unused file stays behind: %s", err)
+                logger.warning("an unused file stays behind: %s", err, extra={"event": "file_left"})
+
+    def _payload(self, chunk: NewChunk) -> Payload:
+        return self._codec.encode(chunk.kv, chunk.start) if isinstance(chunk.kv, Tensor) else chunk.kv
 
     def _read(self, record: ChunkRecord) -> Tensor:
-        tensor = self._blobs.read_tensor(record.blob, record.tensor)
-        codec.verify(tensor, record)
-        return tensor
+        return self._codec.decode(self.stored(record), record.start)
 
 
 def _key_of(chunk: NewChunk | ChunkKey) -> ChunkKey:
@@ -246,7 +378,7 @@ def _blob_name(turn: TurnRecord) -> str:
     return f"{readable}-{secrets.token_hex(8)}"
 
 
-def _record(chunk: NewChunk, turn: TurnRecord, blob: str) -> ChunkRecord:
+def _record(chunk: NewChunk, turn: TurnRecord, blob: str, payload: Payload, checksum: str) -> ChunkRecord:
     return ChunkRecord(
         key=chunk.key,
         content_key=chunk.content_key,
@@ -258,6 +390,7 @@ def _record(chunk: NewChunk, turn: TurnRecord, blob: str) -> ChunkRecord:
         token_ids=chunk.token_ids,
         blob=blob,
         tensor=chunk.key,
-        sha256=codec.checksum(chunk.kv),
-        num_bytes=chunk.kv.nbytes,
+        checksum=checksum,
+        num_bytes=payload.nbytes,
+        codec=codec_of(payload),
     )

@@ -133,7 +133,7 @@ def _loaded(
         parent=record.parent,
         start=record.start,
         token_ids=record.token_ids,
-        kv=store.load(record),
+        kv=store.stored(record),
         vector=vector,
         sketch=sketch,
     )

@@ -6,13 +6,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kv_agent.chunks import ChunkKey, ChunkRecord, TurnId, TurnRecord
-from kv_agent.errors import StorageError
+from kv_agent.errors import UnstorableError
 from kv_agent.storage import documents, rows
 from kv_agent.storage import statements as sql
+from kv_agent.storage.history import Happening
 from kv_agent.storage.schema import Database
 
 
-class UnknownChunkError(StorageError):
+class UnknownChunkError(UnstorableError):
     """A turn refers to chunks (``keys``) that are not, or no longer, in the catalog."""
 
     def __init__(self, message: str, keys: frozenset[ChunkKey]) -> None:
@@ -20,7 +21,7 @@ class UnknownChunkError(StorageError):
         self.keys = keys
 
 
-class TurnIdTakenError(StorageError):
+class TurnIdTakenError(UnstorableError):
     """The id of a turn names a different one already."""
 
 
@@ -69,13 +70,16 @@ def add_turn(
     )
 
 
-def forget(db: Database, turn_ids: Iterable[TurnId]) -> tuple[str, ...]:
-    """See :meth:`kv_agent.storage.catalog.Catalog.forget`."""
+def forget(db: Database, turn_ids: Iterable[TurnId], kind: Happening = "forgotten") -> tuple[str, ...]:
+    """See :meth:`kv_agent.storage.catalog.Catalog.forget`; ``kind`` is what history calls it."""
     ids = rows.json_list(set(resolve(db, turn_ids).values()))
     keys = rows.json_list(key for (key,) in db.execute(sql.CHUNKS_OF_TURNS, (ids,)))
     db.execute(sql.RECORD_TURNS_REMOVED, (ids,))
     db.execute(sql.DELETE_TURNS_ENTRIES, (ids,))
     documents.remove_of_turns(db, ids)
+    db.execute(sql.RECORD_DEPARTURES, {"ids": ids})
+    db.execute(sql.DROP_OLD_DEPARTURES)
+    db.execute(sql.RECORD_GOING, {"kind": kind, "ids": ids})
     db.execute(sql.DELETE_TURNS, (ids,))
     blobs = rows.json_list(blob for (blob,) in db.execute(sql.BLOBS_OF_CHUNKS, (keys,)))
     db.execute(sql.DELETE_UNUSED_CHUNKS, (keys,))
@@ -108,7 +112,7 @@ def _require_consistent(
     turn: TurnRecord, records: Sequence[ChunkRecord], content: Sequence[ChunkRecord]
 ) -> None:
     if "\0" in turn.turn_id:  # SQLite's JSON functions end a string there, so it could not be looked up
-        raise StorageError(f"turn id {turn.turn_id!r} contains a NUL character; use another id")
+        raise UnstorableError(f"turn id {turn.turn_id!r} contains a NUL character; use another id")
     owner = (turn.fingerprint, turn.scope.namespace, turn.scope.user_id)
     for record in records:
         if (record.fingerprint, record.namespace, record.user_id) != owner:
@@ -169,7 +173,7 @@ def _put_turn(
         raise TurnIdTakenError(f"turn id {turn.turn_id} already names a different turn")
     turn_id: TurnId = turn.turn_id if same is None else same[0]
     if same is None and is_part:
-        raise StorageError(f"the turn that {turn.turn_id} is a part of is not, or no longer, stored")
+        raise UnstorableError(f"the turn that {turn.turn_id} is a part of is not, or no longer, stored")
     if same is None:
         db.execute(sql.INSERT_TURN, rows.turn_to_row(turn))
         content = [(turn_id, "content", idx, key) for idx, key in enumerate(turn.chunk_keys)]
@@ -177,6 +181,8 @@ def _put_turn(
     else:
         if not is_part:
             db.execute(sql.PROLONG_TURN, {"turn_id": turn_id, "expires": turn.expires})
+            again = {"turn_id": turn_id, "created": turn.created, "pinned": turn.pinned}
+            db.execute(sql.USE_AGAIN, again)
         if taken is None:
             db.execute(sql.INSERT_ALIAS, (turn.turn_id, turn_id))
     # Also for a known turn: every chunk row must be used by some turn, or it could never be forgotten.

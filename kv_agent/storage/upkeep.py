@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kv_agent.storage import retention_statements as retention_sql
 from kv_agent.storage import rows, turn_writes
 from kv_agent.storage import statements as sql
 from kv_agent.storage.schema import Database
@@ -28,6 +29,7 @@ def drop(db: Database, now: float) -> Dropped:
     """See :meth:`kv_agent.storage.catalog.Catalog.drop_overdue`."""
     (before,) = db.execute(sql.COUNT_CHUNKS).fetchone()
     expired = [turn_id for (turn_id,) in db.execute(sql.EXPIRED_TURNS, (now,))]
+    db.execute(retention_sql.COUNT_EXPIRED, (rows.json_list(expired),))
     blobs = turn_writes.forget(db, expired)
     stray = [key for (key,) in db.execute(sql.UNREFERENCED_CHUNKS)]
     for key in stray:

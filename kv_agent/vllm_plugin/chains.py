@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -87,8 +88,9 @@ def cut_segments(
     """Cut tokens ``[start, end)`` behind ``context`` into chunks of at most ``chunk_tokens``."""
     segments = []
     first = start
-    for length in cut_lengths(token_ids[start:end], chunk_tokens):
-        ids = tuple(token_ids[first : first + length])
+    packed = array("i", token_ids[start:end])  # taken apart once, for all that hashes it
+    for length in cut_lengths(packed, chunk_tokens):
+        ids = packed[first - start : first - start + length]
         key = chain_key(context, ids)
         segments.append(
             Segment(
@@ -96,7 +98,7 @@ def cut_segments(
                 content_key=content_key(fingerprint, ids),
                 parent=context,
                 start=first,
-                token_ids=ids,
+                token_ids=tuple(ids),
             )
         )
         context, first = key, first + length

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,16 +18,21 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     KVConnectorWorkerMetadata,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 from vllm.model_executor.layers import rotary_embedding
 from vllm.v1.request import RequestStatus
 
 from kv_agent.config import PluginConfig, parse
 from kv_agent.errors import ConfigError, UnsupportedModelError
 from kv_agent.kv.rope import RotaryScheme, scheme_from_table
+from kv_agent.machine import available_bytes, memory_budgets
+from kv_agent.storage.codecs import Codec
+from kv_agent.storage.policy import policy_named
 from kv_agent.storage.store import LocalStore
 from kv_agent.vllm_plugin.fingerprint import fingerprint_details, fingerprint_of
 from kv_agent.vllm_plugin.guard import attempt
 from kv_agent.vllm_plugin.jobs import StepJobs, WorkerReport
+from kv_agent.vllm_plugin.metrics import KVAgentPromMetrics, KVAgentStats
 from kv_agent.vllm_plugin.paged_cache import PagedCache, PagedLayer
 from kv_agent.vllm_plugin.plan import Limits
 from kv_agent.vllm_plugin.resolver import Resolver
@@ -37,6 +43,7 @@ from kv_agent.vllm_plugin.support import (
     check_supported,
     trained_window,
 )
+from kv_agent.vllm_plugin.tally import Tally
 from kv_agent.vllm_plugin.text import TurnDecoder
 from kv_agent.vllm_plugin.worker import WorkerSide
 
@@ -93,6 +100,7 @@ class KVAgentConnector(KVConnectorBase_V1):
         self._block_tokens = int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
+        self._tally = Tally()
         if role is KVConnectorRole.SCHEDULER:
             self._start_scheduler()
 
@@ -117,7 +125,8 @@ class KVAgentConnector(KVConnectorBase_V1):
             block_tokens=self._block_tokens,
             prefix_caching=bool(self._vllm_config.cache_config.enable_prefix_caching),
         )
-        logger.info("kv_agent: store %s, model fingerprint %s", self._config.store, fingerprint)
+        about = {"event": "started", "store": str(self._config.store), "fingerprint": fingerprint}
+        logger.info("kv_agent: store %s, model fingerprint %s", self._config.store, fingerprint, extra=about)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -149,7 +158,7 @@ class KVAgentConnector(KVConnectorBase_V1):
         if probing := self._deciding.probe_request_ids():
             for request_id, block_ids in _finishing_prefills(scheduler_output, probing, self._deciding):
                 self._deciding.prefill_done(request_id, block_ids)
-        return KVAgentMetadata(self._deciding.take_jobs())
+        return KVAgentMetadata(self._deciding.take_jobs(scheduler_output.total_num_scheduled_tokens))
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         if (meta := connector_output.kv_connector_worker_meta) is not None:
@@ -161,6 +170,31 @@ class KVAgentConnector(KVConnectorBase_V1):
         decided = attempt(partial(self._deciding.finished, request, block_ids, complete=complete), None)
         return decided or (False, None)
 
+    # -- statistics, of either role ------------------------------------------------------------------
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        counters: Mapping[str, float] = {}
+        if self._scheduler is not None:
+            counters = self._scheduler.counters
+        elif self._worker is not None:
+            counters = self._worker.counters()
+        data = attempt(partial(self._tally.take, counters), None)
+        return KVAgentStats(data=data) if data else None
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
+        return KVAgentStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[Any, Any],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVConnectorPromMetrics | None:
+        return KVAgentPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
     # -- worker role --------------------------------------------------------------------------------
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata:
@@ -171,16 +205,29 @@ class KVAgentConnector(KVConnectorBase_V1):
             scheme = _model_rope()
         layers = self._vllm_config.compilation_config.static_forward_context
         cache = PagedCache([_paged_layer(layers[name]) for name in kv_caches], self._block_tokens)
+        budgets = memory_budgets(available_bytes(), self._config.host_bytes, self._config.warm_bytes)
         self._worker = WorkerSide(
             cache,
-            LocalStore(self._config.store, host_bytes=self._config.host_bytes),
+            LocalStore(
+                self._config.store,
+                host_bytes=budgets.host_bytes,
+                warm_bytes=budgets.warm_bytes,
+                device_bytes=self._config.device_bytes,
+                device=cache.device,
+                promote_after=self._config.promote_after,
+                codec=Codec(name=self._config.codec, scheme=scheme),
+                fsync=self._config.fsync,
+                policy=policy_named(self._config.policy),
+                disk_bytes=self._config.disk_bytes,
+                makes_room=self._config.make_room,
+            ),
             scheme,
             pooled_layers=self._pooled_layers(cache.num_layers),
-            device_bytes=self._device_bytes(cache),
             queue_bytes=self._config.queue_bytes,
             load_threads=self._config.load_threads,
             decode=TurnDecoder(self._vllm_config.model_config),
         )
+        self._tally = Tally(self._worker.gauges)
 
     def _pooled_layers(self, num_layers: int) -> tuple[int, ...]:
         """Layers to pool, in order; negative ones count from the last, absent ones are left out."""
@@ -189,11 +236,6 @@ class KVAgentConnector(KVConnectorBase_V1):
         if not layers:
             raise ConfigError(f"pooled_layers {list(wanted)} are all beyond the model's {num_layers} layers")
         return layers
-
-    def _device_bytes(self, cache: PagedCache) -> int:
-        if self._config.device_bytes and cache.device.type == "cpu":
-            raise ConfigError("device_bytes needs a GPU, this engine runs on CPU; set host_bytes instead")
-        return self._config.device_bytes
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         self._moving.start(self._jobs, idle=forward_context.attn_metadata is None)
@@ -285,5 +327,9 @@ def _model_rope() -> RotaryScheme | None:
             table = module._compute_cos_sin_cache()
         return scheme_from_table(table.float().cpu(), neox=bool(module.is_neox_style))
     except UnsupportedModelError as err:
-        logger.warning("memories are reused only where they were computed and found by words: %s", err)
+        logger.warning(
+            "memories are reused only where they were computed and found by words: %s",
+            err,
+            extra={"event": "reuse_limited"},
+        )
         return None

@@ -16,5 +16,7 @@ def attempt(job: Callable[[], T | None], otherwise: T | None) -> T | None:
     try:
         return job()
     except Exception:
-        logger.exception("a memory job failed; its tokens are computed, its turn is not stored")
+        logger.exception(
+            "a memory job failed; its tokens are computed, its turn is not stored", extra={"event": "error"}
+        )
         return otherwise

@@ -85,11 +85,12 @@ class ProbeJob:
 
 @dataclass(slots=True, kw_only=True)
 class StepJobs:
-    """Scheduler to worker, once per engine step."""
+    """Scheduler to worker, once per engine step. With ``num_tokens`` the worker tells how long it took."""
 
     loads: list[LoadJob] = field(default_factory=list)
     captures: list[CaptureJob] = field(default_factory=list)
     probes: list[ProbeJob] = field(default_factory=list)
+    num_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,11 +109,13 @@ class WorkerReport:
     loaded: dict[str, LoadFailure | None] = field(default_factory=dict)
     probes: dict[str, bytes] = field(default_factory=dict)
     settled: dict[TurnId, str | None] = field(default_factory=dict)  # None: durable; else why not
+    steps: list[tuple[int, float]] = field(default_factory=list)  # tokens computed, seconds that took
 
     def merge(self, other: WorkerReport) -> None:
         self.loaded.update(other.loaded)
         self.probes.update(other.probes)
         self.settled.update(other.settled)
+        self.steps += other.steps
 
     def __bool__(self) -> bool:
-        return bool(self.loaded or self.probes or self.settled)
+        return bool(self.loaded or self.probes or self.settled or self.steps)

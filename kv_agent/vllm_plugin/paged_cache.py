@@ -5,11 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kv_agent.errors import UnsupportedModelError
+from kv_agent.kv.block_copy import BlockCopier
+from kv_agent.vllm_plugin.guard import attempt
 from kv_agent.vllm_plugin.paging import BlockLayout, SlotWriter, measure_layout, read_slots
 
 # vLLM never hands this block to a request; it pads block tables.
@@ -45,12 +48,19 @@ class PagedCache:
         self._layers = tuple(layers)
         self.block_tokens = block_tokens
         self.device = layers[0].kv_cache_BHNC.device
+        self.dtype = dtype
         shape_PHD = (block_tokens, layers[0].num_kv_heads, layers[0].head_dim)
         self._layouts = tuple(self._measure(layer, shape_PHD) for layer in layers)
+        self._copier = self._checked_copier(shape_PHD)
 
     @property
     def num_layers(self) -> int:
         return len(self._layers)
+
+    @property
+    def copier(self) -> BlockCopier | None:
+        """Writes KV from any thread and as the backend does, bit for bit; ``None`` where nothing here can."""
+        return self._copier
 
     @property
     def token_bytes(self) -> int:
@@ -72,6 +82,11 @@ class PagedCache:
 
         ``layers`` picks some layers, in that order; all of them by default.
         """
+        if self._copier is not None and layers is None:
+            shape = (self.num_layers, 2, end - start, self._layers[0].num_kv_heads, self._layers[0].head_dim)
+            kv_L2THD = torch.empty(shape, dtype=self.dtype)
+            self._copier.gather(kv_L2THD[:, 0], kv_L2THD[:, 1], block_ids, start)
+            return kv_L2THD
         blocks_T, offsets_T = self._slots(block_ids, start, end)
         kv = [
             read_slots(self._layers[i].kv_cache_BHNC, self._layouts[i], blocks_T, offsets_T)
@@ -92,12 +107,55 @@ class PagedCache:
         table = torch.tensor(block_ids, dtype=torch.int64, device=self.device)
         return table[positions_T // self.block_tokens], positions_T % self.block_tokens
 
+    def _checked_copier(self, shape_PHD: tuple[int, int, int]) -> BlockCopier | None:
+        caches = [layer.kv_cache_BHNC for layer in self._layers]
+        halves = {layout.strided for layout in self._layouts}
+        strided = halves.pop()
+        is_one = not halves and len({(x.shape, x.stride(0)) for x in caches}) == 1
+        if strided is None or not is_one or self.device.type != "cpu":
+            return None
+        copier = BlockCopier(
+            caches_L=caches,
+            block_items=caches[0].stride(0),
+            shape_PHD=shape_PHD,
+            key=strided[0],
+            value=strided[1],
+        )
+        return copier if attempt(partial(self._copies_alike, copier, shape_PHD), False) else None
+
+    def _copies_alike(self, copier: BlockCopier, shape_PHD: tuple[int, int, int]) -> bool:
+        """Whether it leaves the null block as the backends' writers do, and reads what it wrote."""
+        P, H, D = shape_PHD
+        generator = torch.Generator().manual_seed(1)
+        kv_L2PHD = torch.randn((self.num_layers, 2, P, H, D), generator=generator).to(self.dtype)
+        read_L2PHD = torch.empty_like(kv_L2PHD)
+        blocks = [layer.kv_cache_BHNC[NULL_BLOCK] for layer in self._layers]
+        saved = [block.clone() for block in blocks]
+        try:
+            self.write(kv_L2PHD, [NULL_BLOCK], 0)
+            expected = [block.clone() for block in blocks]
+            for block, before in zip(blocks, saved, strict=True):
+                block.copy_(before)
+            for start, end in ((0, 1), (1, P)):  # a part of a block is not all of it
+                part_L2THD = kv_L2PHD[:, :, start:end]
+                copier.scatter(part_L2THD[:, 0], part_L2THD[:, 1], [NULL_BLOCK], start)
+            copier.gather(read_L2PHD[:, 0], read_L2PHD[:, 1], [NULL_BLOCK], 0)
+            pairs = zip((*blocks, read_L2PHD), (*expected, kv_L2PHD), strict=True)
+            return all(torch.equal(_bits(one), _bits(other)) for one, other in pairs)
+        finally:
+            for block, before in zip(blocks, saved, strict=True):
+                block.copy_(before)
+
     def _measure(self, layer: PagedLayer, shape_PHD: tuple[int, int, int]) -> BlockLayout:
         layout = measure_layout(
             layer.kv_cache_BHNC, layer.write, scratch_block=NULL_BLOCK, shape_PHD=shape_PHD
         )
         _check_layout(layer, layout, shape_PHD)
         return layout
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.uint8)
 
 
 def _check_layout(layer: PagedLayer, layout: BlockLayout, shape_PHD: tuple[int, int, int]) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kv_agent.errors import UnsupportedModelError
+from kv_agent.kv.block_copy import Strided
 
 # Small integers survive bf16 (8 significant bits) exactly; an element's number travels in base-64 digits.
 _BASE = 64
@@ -39,6 +40,18 @@ class BlockLayout:
     @property
     def block_tokens(self) -> int:
         return int(self.key_PHD.shape[0])
+
+    @property
+    def strided(self) -> tuple[Strided, Strided] | None:
+        """Keys and values by their strides, where both are affine."""
+        if self.key_strides is None or self.value_strides is None:
+            return None
+        return _strided(self.key_PHD, self.key_strides), _strided(self.value_PHD, self.value_strides)
+
+
+def _strided(offset_PHD: Tensor, strides: tuple[int, int, int]) -> Strided:
+    token, head, dim = strides
+    return Strided(first=int(offset_PHD[0, 0, 0]), token=token, head=head, dim=dim)
 
 
 def measure_layout(

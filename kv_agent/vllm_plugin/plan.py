@@ -40,6 +40,7 @@ class Refusal(StrEnum):
     OVERLAP = "chunk overlaps the one before"
     SKIPPED = "nothing of the chunk is left"
     GAP = "tokens before the chunk are computed"
+    FASTER = "computing is faster"
     LOOKUP = "catalog could not be read"
     LATE = "catalog look-up took too long"
 
@@ -183,9 +184,9 @@ def check_plan(
     """Keep the placements whose scope, fingerprint, tokens and position hold; label exact ones.
 
     A chunk is *exact* when it stands at its own position behind its own context, all of it computed
-    or exact: then its KV is bit-identical to computing it. Everything else is *adapted* and must keep within
-    ``limits`` (``None``: keys cannot be moved). Text between placements counts as computed in the context
-    before it.
+    or exact, and was stored without loss: then its KV is bit-identical to computing it. Everything else is
+    *adapted* and must keep within ``limits`` (``None``: keys cannot be moved). Text between placements counts
+    as computed in the context before it.
     """
     root = root_key(fingerprint, scope.namespace, scope.user_id)
     last = min(options.fresh_start, len(prompt_token_ids) - 1)  # at least one token is computed
@@ -201,7 +202,7 @@ def check_plan(
         before = context
         if placement.start > end:
             before = chain_key(context, prompt_token_ids[end : placement.start])
-        exact = placement.skip == 0 and record.parent == before and record.start == placement.start
+        exact = placement.skip == 0 and record.is_exact(before, placement.start)
         if not exact and (reason := _immovable(record, placement, limits)):
             refused.append(Refused(chunk_id=placement.chunk_id, reason=reason))
             continue

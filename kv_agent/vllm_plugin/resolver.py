@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from kv_agent.chunks import ChunkKey, ChunkRecord, Fingerprint, Scope, root_key
 from kv_agent.config import PlanOptions
 from kv_agent.errors import StorageError
+from kv_agent.machine import use_own_cpus
 from kv_agent.vllm_plugin.chains import ChainIndex, walk
 from kv_agent.vllm_plugin.plan import CheckedPlan, Limits, Refusal, check_plan, refuse_all
 
@@ -35,23 +37,31 @@ class Resolved:
 class Resolver:
     """Resolves requests in the background; a failed look-up refuses the plan, never the request.
 
-    ``limits`` are to be set once it is known that the model's keys can be moved.
+    ``limits`` are to be set once it is known that the model's keys can be moved. ``moved_on`` is when the
+    last look-up ended, of the monotonic clock: while that goes on those in the queue are not lost.
     """
 
     def __init__(self, catalog: ChunkCatalog, fingerprint: Fingerprint) -> None:
         self.limits: Limits | None = None
+        self.moved_on = time.monotonic()
         self._catalog = catalog
         self._fingerprint = fingerprint
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kv-agent-resolver")
+        self._pool = ThreadPoolExecutor(1, "kv-agent-resolver", initializer=use_own_cpus)
 
     def submit(
         self, token_ids: Sequence[int], scope: Scope, plan: PlanOptions | None, *, find_stored: bool
     ) -> Future[Resolved]:
         """Look up ``plan`` for a prompt; with ``find_stored`` also which of its tokens are stored."""
-        return self._pool.submit(self._resolve, tuple(token_ids), scope, plan, find_stored)
+        return self._pool.submit(self._look_up, tuple(token_ids), scope, plan, find_stored)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _look_up(self, *asked: Any) -> Resolved:
+        try:
+            return self._resolve(*asked)
+        finally:
+            self.moved_on = time.monotonic()
 
     def _resolve(
         self, token_ids: tuple[int, ...], scope: Scope, options: PlanOptions | None, find_stored: bool
@@ -69,7 +79,8 @@ class Resolver:
                 if plan.placed:
                     self._find_stored(known, plan.placed[-1].after, token_ids, plan.placed[-1].end)
         except StorageError as err:
-            logger.warning("catalog look-up failed, the request is computed: %s", err)
+            about = {"event": "store_trouble"}
+            logger.warning("catalog look-up failed, the request is computed: %s", err, extra=about)
             if options is not None:
                 return Resolved(plan=refuse_all(options, root, Refusal.LOOKUP), known=known)
             return Resolved(plan=CheckedPlan(root=root), known=known)

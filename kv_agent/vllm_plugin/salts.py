@@ -7,6 +7,7 @@ tokens. Whether chunks were moved into it depends on that request, not on the on
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections import OrderedDict
 
 from kv_agent.chunks import ChunkKey
@@ -17,6 +18,10 @@ Moves = tuple[tuple[int, int, ChunkKey, int], ...]
 
 # Stands for KV of which nothing certain is known.
 UNKNOWN: Moves = ((0, 1 << 62, ChunkKey(""), 0),)
+_PACKED_UNKNOWN = b"?"
+_ALL_UNKNOWN = (_PACKED_UNKNOWN,)
+
+_KEY_BYTES = 16  # of a chunk's key, of a salt's digest
 
 # Salts remembered; from the first forgotten one on, hits under salts unknown until then are not trusted.
 MAX_SALTS = 200_000
@@ -31,23 +36,26 @@ def cut_moves(moves: Moves, end: int) -> Moves:
 
 
 class SaltLedger:
-    """Remembers by salt which moves the requests made whose blocks may still be cached."""
+    """Remembers by salt which moves the requests made whose blocks may still be cached.
+
+    Packed, because there are very many: some 200 bytes a salt and 28 a moved chunk.
+    """
 
     def __init__(self) -> None:
-        self._histories: OrderedDict[bytes, set[Moves]] = OrderedDict()
+        self._histories: OrderedDict[bytes, tuple[bytes, ...]] = OrderedDict()
         self._forgot_some = False
 
     def record(self, salt: str, moves: Moves) -> None:
         """A request with this salt leaves KV in the cache in which just these chunks were moved."""
         digest = _digest(salt)
         # Once salts were forgotten, one that looks new may have a past.
-        histories = self._histories.setdefault(digest, {UNKNOWN} if self._forgot_some else set())
+        histories = self._histories.get(digest, _ALL_UNKNOWN if self._forgot_some else ())
+        packed = _pack(moves)
+        if histories != _ALL_UNKNOWN and packed not in histories:
+            is_known = packed != _PACKED_UNKNOWN and len(histories) < MAX_HISTORIES
+            histories = (*histories, packed) if is_known else _ALL_UNKNOWN
+        self._histories[digest] = histories
         self._histories.move_to_end(digest)
-        if UNKNOWN not in histories:
-            histories.add(moves)
-            if len(histories) > MAX_HISTORIES:
-                histories.clear()
-                histories.add(UNKNOWN)
         while len(self._histories) > MAX_SALTS:
             self._histories.popitem(last=False)
             self._forgot_some = True
@@ -61,10 +69,33 @@ class SaltLedger:
             return True
         histories = self._histories.get(_digest(salt))
         if histories is None:
-            histories = {UNKNOWN if self._forgot_some else ()}
+            histories = _ALL_UNKNOWN if self._forgot_some else ()
+        if histories == _ALL_UNKNOWN:
+            return False
         expected = cut_moves(moves, end)
-        return all(cut_moves(history, end) == expected for history in histories)
+        return all(cut_moves(_unpack(history), end) == expected for history in histories or (b"",))
 
 
 def _digest(salt: str) -> bytes:
-    return hashlib.blake2b(salt.encode(), digest_size=16).digest()
+    return hashlib.blake2b(salt.encode(), digest_size=_KEY_BYTES).digest()
+
+
+def _pack(moves: Moves) -> bytes:
+    """All first tokens, all ends, all tokens left out, all keys."""
+    if moves == UNKNOWN:
+        return _PACKED_UNKNOWN
+    numbers = [move[0] for move in moves] + [move[1] for move in moves] + [move[3] for move in moves]
+    return array("I", numbers).tobytes() + bytes.fromhex("".join([move[2] for move in moves]))
+
+
+def _unpack(packed: bytes) -> Moves:
+    """What was packed, if it is known."""
+    numbers = array("I")
+    count = len(packed) // (3 * numbers.itemsize + _KEY_BYTES)
+    keys_at = 3 * numbers.itemsize * count
+    numbers.frombytes(packed[:keys_at])
+    keys = (packed[at : at + _KEY_BYTES].hex() for at in range(keys_at, len(packed), _KEY_BYTES))
+    return tuple(
+        (numbers[number], numbers[count + number], ChunkKey(key), numbers[2 * count + number])
+        for number, key in enumerate(keys)
+    )

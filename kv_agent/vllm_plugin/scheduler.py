@@ -7,24 +7,30 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from kv_agent.chunks import ChunkKey, Fingerprint, Scope, TurnId, root_key
 from kv_agent.config import PluginConfig, RequestOptions, parse
 from kv_agent.errors import ConfigError
+from kv_agent.vllm_plugin.accounting import sources_of
 from kv_agent.vllm_plugin.chains import ChainIndex, cut_segments, walk
 from kv_agent.vllm_plugin.guard import attempt
 from kv_agent.vllm_plugin.jobs import CaptureJob, LoadFailure, LoadJob, ProbeJob, StepJobs, WorkerReport
-from kv_agent.vllm_plugin.plan import CheckedPlan, PlacedChunk, Refusal, Refused, refuse_all
+from kv_agent.vllm_plugin.pace import Pace
+from kv_agent.vllm_plugin.plan import CheckedPlan, Refusal, Refused, refuse_all
 from kv_agent.vllm_plugin.resolver import Resolved, Resolver
 from kv_agent.vllm_plugin.salts import SaltLedger
+from kv_agent.vllm_plugin.signing import signing_key, verified
 
 PARAMS_KEY = "kv_agent"
 
-# A catalog that does not answer in this time is treated as not having the chunks.
+# A catalog that answers nobody in this time is treated as not having the chunks.
 RESOLVE_TIMEOUT_S = 5.0
+
+# So long the only request waits for its look-up here: an idle step would take longer, and nobody else waits.
+ALONE_WAIT_S = 0.003
 
 
 class EngineRequest(Protocol):
@@ -60,6 +66,7 @@ class _State:
     local: int = 0  # tokens of vLLM's own prefix cache at the last look-up
     cached_end: int = 0  # end of the tokens cached at admission: the local hit and what we load behind it
     trusted: bool = True  # whether the local hit surely holds what the plan says
+    pays: bool | None = None  # whether to load, once that was decided
     probe: bytes | None = None
     error: str | None = None
 
@@ -83,8 +90,11 @@ class SchedulerSide:
         self._block_tokens = block_tokens
         self._prefix_caching = prefix_caching
         self._clock = clock
+        self._signing_key = signing_key()
+        self._pace = Pace(decides=config.load == "faster")
         self._states: dict[str, _State] = {}
         self._probing: set[str] = set()
+        self._living: set[str] = set()  # requests in the engine, ours and others
         self._jobs = StepJobs()
         self._pending = ChainIndex()  # captured here, not yet reported durable
         self._pending_keys: dict[TurnId, tuple[ChunkKey, ...]] = {}
@@ -94,7 +104,10 @@ class SchedulerSide:
     # -- a request's life ---------------------------------------------------------------------------
 
     def new_request(self, request: EngineRequest) -> None:
+        self._living.add(request.request_id)
         raw = (request.kv_transfer_params or {}).get(PARAMS_KEY)
+        if raw is not None and (raw := verified(raw, self._signing_key)) is None:
+            self.counters["rejected_requests|unsigned"] += 1
         if raw is None:
             if request.cache_salt:
                 self._salts.record(request.cache_salt, ())
@@ -105,7 +118,7 @@ class SchedulerSide:
                 raise ConfigError(f"kv_transfer_params.{PARAMS_KEY} must be an object")
             options = parse(RequestOptions, raw, f"kv_transfer_params.{PARAMS_KEY}")
         except ConfigError as err:
-            self.counters["requests_malformed"] += 1
+            self.counters["rejected_requests|malformed"] += 1
             options, error = RequestOptions(store=False), str(err)
         scope = options.scope.to_scope() if options.scope else Scope()
         root = root_key(self._fingerprint, scope.namespace, scope.user_id)
@@ -139,10 +152,14 @@ class SchedulerSide:
         state.asked, state.local = True, num_computed
         if state.options.plan is None:
             return 0, False
+        if state.resolved is not None and len(self._living) == 1:
+            wait([state.resolved], ALONE_WAIT_S)
         if not self._settle(state):
             return None, False
         count = max(0, state.plan.reach(num_computed) - num_computed)
-        return count, count > 0
+        if count and state.pays is None:
+            state.pays = self._pace.pays(count)
+        return (count, True) if count and state.pays else (0, False)
 
     def allocated(self, request_id: str, block_ids: Sequence[int], num_external: int) -> None:
         """vLLM admits the request and has reserved blocks for the ``num_external`` tokens of ``match``.
@@ -158,6 +175,7 @@ class SchedulerSide:
         if num_external:
             chunks = state.plan.loads(state.local, end)
             self._jobs.loads.append(LoadJob(request_id=request_id, block_ids=tuple(block_ids), chunks=chunks))
+            self._pace.begin_load(request_id, num_external)
         else:
             self._record_moves(state)
 
@@ -182,12 +200,17 @@ class SchedulerSide:
             ProbeJob(request_id=request_id, block_ids=tuple(block_ids), start=probe.start, end=end)
         )
 
-    def take_jobs(self) -> StepJobs:
+    def take_jobs(self, num_tokens: int = 0) -> StepJobs:
+        """What the worker is to do in a step that computes so many tokens."""
         jobs, self._jobs = self._jobs, StepJobs()
+        jobs.num_tokens = num_tokens if self._pace.decides else 0
         return jobs
 
     def report(self, report: WorkerReport) -> None:
+        for step in report.steps:
+            self._pace.computed(*step)
         for request_id, failure in report.loaded.items():
+            self._pace.end_load(request_id, is_whole=failure is None)
             state = self._states.get(request_id)
             if state is not None:
                 if failure is not None:
@@ -198,7 +221,7 @@ class SchedulerSide:
                 self._states[request_id].probe = vector
         for turn_id, trouble in report.settled.items():
             self._pending.discard(self._pending_keys.pop(turn_id, ()))
-            self.counters["turns_stored" if trouble is None else "turns_lost"] += 1
+            self.counters[f"turns|{'stored' if trouble is None else 'lost'}"] += 1
 
     def finished(
         self, request: EngineRequest, block_ids: Sequence[int], *, complete: bool
@@ -207,6 +230,7 @@ class SchedulerSide:
 
         Returns whether its blocks must stay until the worker has copied them, and the answer's fields.
         """
+        self._living.discard(request.request_id)
         self._probing.discard(request.request_id)
         state = self._states.pop(request.request_id, None)
         if state is None:
@@ -241,7 +265,7 @@ class SchedulerSide:
         if state.resolved is None:
             return True
         if not state.resolved.done():
-            if time.monotonic() < state.resolve_deadline:
+            if time.monotonic() < max(state.resolve_deadline, self._resolver.moved_on + RESOLVE_TIMEOUT_S):
                 return False
             state.resolved = None
             if state.options.plan is not None:
@@ -259,10 +283,10 @@ class SchedulerSide:
     def _refuse(self, state: _State, plan: CheckedPlan) -> None:
         state.plan = plan
         for refused in plan.refused:
-            self.counters[f"refused: {refused.reason}"] += 1
+            self.counters[f"refused_chunks|{refused.reason}"] += 1
 
     def _load_failed(self, state: _State, failure: LoadFailure) -> None:
-        self.counters[f"load failed: {failure.reason}"] += 1
+        self.counters[f"load_failures|{failure.reason}"] += 1
         # vLLM keeps whole valid blocks and asks again only when not even one is left.
         state.cached_end = failure.start - failure.start % self._block_tokens
         state.plan = state.plan.without(failure.key, failure.start, failure.reason)
@@ -281,33 +305,23 @@ class SchedulerSide:
 
     def _reuse(self, state: _State, num_prompt_tokens: int) -> dict[str, Any]:
         """Tokens of the prompt by where their KV came from, and what was refused."""
-        end = min(state.cached_end, num_prompt_tokens)
-        exact = adapted = 0
-        used: list[PlacedChunk] = []
-        for chunk in state.plan.placed:
-            # A block-aligned cut after a failed load may end inside a chunk.
-            count = max(0, min(chunk.end, end) - chunk.start)
-            if count:
-                used.append(chunk)
-                exact += count if chunk.exact else 0
-                adapted += 0 if chunk.exact else count
-        if not state.trusted:
-            exact, adapted = 0, end  # chunks may have been moved into any of it
-        unreached = [
-            Refused(chunk_id=chunk.record.key, reason=Refusal.GAP)
-            for chunk in state.plan.placed
-            if chunk not in used
-        ]
-        self.counters["tokens_exact"] += exact
-        self.counters["tokens_adapted"] += adapted
-        self.counters["tokens_computed"] += num_prompt_tokens - end
+        sources = sources_of(
+            state.plan,
+            num_prompt_tokens,
+            state.cached_end,
+            trusted=state.trusted,
+            reason=Refusal.FASTER if state.pays is False else Refusal.GAP,
+        )
+        exact, adapted = sources.exact, sources.adapted
+        for source, count in sources.tokens.items():
+            self.counters[f"tokens|{source}"] += count
+        self.counters["saved_tokens|exact"] += exact
+        self.counters["saved_tokens|adapted"] += adapted
+        self.counters[f"hits|{'adapted' if adapted else 'exact' if exact else 'none'}"] += 1
         answer: dict[str, Any] = {
-            "exact": exact,
-            "adapted": adapted,
-            "local": end - exact - adapted,
-            "computed": num_prompt_tokens - end,
-            "chunk_ids": [chunk.record.key for chunk in used],
-            "refused": [_as_dict(r) for r in (*state.plan.refused, *unreached)],
+            **sources.tokens,
+            "chunk_ids": [chunk.record.key for chunk in sources.used],
+            "refused": [_as_dict(r) for r in (*state.plan.refused, *sources.unreached)],
             "fingerprint": self._fingerprint,
         }
         if state.error is not None:

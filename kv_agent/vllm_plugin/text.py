@@ -31,7 +31,11 @@ class TurnDecoder:
                     trust_remote_code=config.trust_remote_code,
                 )
             except (OSError, ValueError) as err:
-                logger.warning("memories are stored without their text, the tokenizer does not load: %s", err)
+                logger.warning(
+                    "memories are stored without their text, the tokenizer does not load: %s",
+                    err,
+                    extra={"event": "text_missing"},
+                )
                 self._broken = True
                 return ""
         return readable_text(self._tokenizer, token_ids)

@@ -54,7 +54,7 @@ QUESTION = "The next day, Lily and Tom went to the park and"
 
 
 def open_engine(store: Path, **options: Any) -> VllmEngine:
-    settings = {"store": str(store), "chunk_tokens": CHUNK, "host_bytes": HOST_BYTES}
+    settings = {"store": str(store), "chunk_tokens": CHUNK, "host_bytes": HOST_BYTES, "warm_bytes": 0}
     return VllmEngine(EXACTNESS_MODEL, settings, **(ENGINE_OPTIONS | options))
 
 

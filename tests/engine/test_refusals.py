@@ -92,7 +92,7 @@ class Outcome:
 REFUSED = {
     "unknown-setting": Refused(
         error="ConfigError",
-        says=("kv_connector_extra_config.kv_agent: chunk_token:", "known keys: store, chunk_tokens"),
+        says=("kv_connector_extra_config.kv_agent: chunk_token:", "known keys: store, codec"),
         settings={"chunk_token": 64},
     ),
     "role": Refused(

@@ -125,6 +125,17 @@ def test_show_tells_text_scope_metadata_and_chunks(root: Path, capsys: pytest.Ca
     ]
 
 
+def test_show_says_what_is_pinned(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def facts() -> list[list[str]]:
+        return [line.split() for line in lines_of(capsys, "show", "newer", "--store", root)]
+
+    assert ["pinned", "yes"] not in facts()
+    store = LocalStore(root, host_bytes=0)
+    store.catalog.ledger.pin([TurnId("newer")], True)
+    store.close()
+    assert ["pinned", "yes"] in facts()
+
+
 def test_show_json_has_what_a_plan_needs(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     memory = json.loads(lines_of(capsys, "show", "older", "--json", "--store", root)[0])
 

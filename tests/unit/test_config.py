@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pwd
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel, ValidationError
 
 from kv_agent.chunks import Scope
-from kv_agent.config import PluginConfig, RequestOptions, ScopeOptions, default_store_dir, parse
+from kv_agent.config import PluginConfig, PolicyName, RequestOptions, ScopeOptions, default_store_dir, parse
 from kv_agent.errors import ConfigError
+from kv_agent.storage.policy import POLICIES
 
 CHUNK_ID = "0123456789abcdef" * 2
 
@@ -101,9 +102,14 @@ def test_unknown_key_is_refused_by_name(model: type[BaseModel], raw: dict[str, A
         (PluginConfig, {"chunk_tokens": 0}, "chunk_tokens"),
         (PluginConfig, {"chunk_tokens": "many"}, "chunk_tokens"),
         (PluginConfig, {"host_bytes": -1}, "host_bytes"),
+        (PluginConfig, {"warm_bytes": -1}, "warm_bytes"),
+        (PluginConfig, {"promote_after": 0}, "promote_after"),
         (PluginConfig, {"queue_bytes": 0}, "queue_bytes"),
         (PluginConfig, {"pooled_layers": []}, "pooled_layers"),
         (PluginConfig, {"load_threads": 0}, "load_threads"),
+        (PluginConfig, {"policy": "arc"}, "policy"),
+        (PluginConfig, {"fsync": True}, "fsync"),
+        (PluginConfig, {"disk_bytes": 0}, "disk_bytes"),
         (RequestOptions, {"content_start": -1}, "content_start"),
         (RequestOptions, {"metadata": {"nested": {}}}, "metadata.nested"),
         (RequestOptions, {"scope": {"namespace": ""}}, "scope.namespace"),
@@ -157,3 +163,7 @@ def test_options_cannot_be_changed() -> None:
     options = PluginConfig()
     with pytest.raises(ValidationError, match="frozen"):
         options.chunk_tokens = 1  # type: ignore[misc]
+
+
+def test_a_policy_can_be_chosen_by_every_name_there_is() -> None:
+    assert set(get_args(PolicyName)) == POLICIES.keys()

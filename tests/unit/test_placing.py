@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from kv_agent.chunks import Scope, TurnRecord
 from kv_agent.placing import Quality
 from kv_agent.planning import MemoryPrompt, build_prompt
-from kv_agent.prompting import FreshTurn
 from kv_agent.recognition import SHORTEST_STRETCH
 from kv_agent.repair import stretches_of
 from kv_agent.storage.catalog import Catalog
@@ -49,7 +48,7 @@ def asked(world: World, fresh: list[int], memories: list[list[int]] | None = Non
         [],
         turns,
         world.catalog.chunks(keys),
-        FreshTurn(token_ids=tuple(fresh), start=0, end=len(fresh)),
+        tuple(fresh),
         max_prompt_tokens=10_000,
     )
 
@@ -142,7 +141,7 @@ def three_memories(world: World) -> tuple[list[TurnRecord], MemoryPrompt]:
     texts = [[*OPENING, *text(seed, 20)] for seed in (1, 2, 3)]
     turns = [world.remember(one, start=start) for one, start in zip(texts, (0, 0, 9), strict=True)]
     keys = [key for turn in turns for key in turn.chunk_keys]
-    fresh = FreshTurn(token_ids=tuple(text(4, 9)), start=0, end=9)
+    fresh = tuple(text(4, 9))
     return turns, build_prompt([], turns, world.catalog.chunks(keys), fresh, max_prompt_tokens=1000)
 
 

@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 from kv_agent.chunks import ChunkKey, ChunkRecord, Scope, TurnId, TurnRecord
 from kv_agent.config import PlanOptions, parse
 from kv_agent.planning import MemoryPrompt, Placed, build_prompt
-from kv_agent.prompting import FreshTurn
 from kv_agent.vllm_plugin.plan import check_plan
 from tests.unit.vllm_plugin.builders import FINGERPRINT, LIMITS, SCOPE, chain, record, tokens_of
 
-FRESH = FreshTurn(token_ids=(90, 91, 92), start=1, end=2)
+FRESH = (90, 91, 92)
 PREFIX = record([1, 2])
 
 
@@ -66,7 +65,7 @@ def test_prompts_hold_the_best_turns_that_fit_at_their_places(
     prompt = build_prompt(prefix, turns, chunks, FRESH, max_prompt_tokens=limit, bare_prefix=PREFIX.token_ids)
 
     # One after the other, best first, whatever still fits and is whole.
-    room = limit - PREFIX.num_tokens - len(FRESH.token_ids)
+    room = limit - PREFIX.num_tokens - len(FRESH)
     expected = []
     for one in turns:
         whole = all(key in chunks and not chunks[key].quarantined for key in one.chunk_keys)
@@ -74,7 +73,7 @@ def test_prompts_hold_the_best_turns_that_fit_at_their_places(
             expected.append(one)
             room -= one.num_tokens
     assert list(prompt.turns) == sorted(expected, key=lambda one: (one.created, one.turn_id))
-    assert len(prompt.token_ids) <= max(limit, PREFIX.num_tokens + len(FRESH.token_ids))
+    assert len(prompt.token_ids) <= max(limit, PREFIX.num_tokens + len(FRESH))
 
     # Prefix, then all chunks of the turns in order, then the fresh turn, without a gap.
     known = chunks | by_key(PREFIX)
@@ -85,7 +84,7 @@ def test_prompts_hold_the_best_turns_that_fit_at_their_places(
         position += known[key].num_tokens
         assert prompt.token_ids[start:position] == known[key].token_ids
     assert prompt.fresh_start == position
-    assert prompt.token_ids[position:] == FRESH.token_ids
+    assert prompt.token_ids[position:] == FRESH
     keys = [PREFIX.key] if stored_prefix else []
     for one in prompt.turns:
         keys += one.chunk_keys
@@ -98,7 +97,7 @@ def test_a_smaller_turn_takes_the_room_that_a_better_one_would_exceed() -> None:
         (), [turn("big", big), turn("small", small)], by_key(big, small), FRESH, max_prompt_tokens=8
     )
     assert [one.turn_id for one in prompt.turns] == ["small"]
-    assert prompt.token_ids == small.token_ids + FRESH.token_ids
+    assert prompt.token_ids == small.token_ids + FRESH
 
 
 def test_turns_that_fit_alone_but_not_together_are_not_both_taken() -> None:

@@ -299,6 +299,62 @@ def test_a_template_without_system_prompts_is_refused_with_one_only() -> None:
         prompts.prefix("Be brief.")
 
 
+# -- a conversation that somebody else rendered ---------------------------------------------------------
+
+WITH_TOOLS = """
+{%- if tools -%}{{ '<|im_start|>system\\n' + (tools | tojson) + '<|im_end|>\\n' }}{%- endif -%}
+{%- for m in messages -%}
+{%- if m['role'] == 'tool' -%}{{ '<|im_start|>user\\n<tool_response>' + m['content'] + '<|im_end|>\\n' }}
+{%- else -%}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
+"""
+
+TOOL = {"type": "function", "function": {"name": "find_home", "parameters": {"type": "object"}}}
+TOOL_ROUND = [message("assistant", "find_home(Mara)"), message("tool", "Oslo")]
+
+
+@pytest.mark.parametrize("question", ["Where does Mara live?", "世界 🎈?", "  blanks\n", "user", "Where"])
+@pytest.mark.parametrize("rounds", [0, 1, 3])
+def test_the_last_turn_is_the_users_and_not_what_tools_answered(question: str, rounds: int) -> None:
+    tokenizer = with_template(WITH_TOOLS)
+    earlier = [message("user", "Where does Hugo live?"), message("assistant", "Paris."), *TOOL_ROUND]
+    messages = [*earlier, message("user", question), *TOOL_ROUND * rounds]
+
+    def rendered(part: list[dict[str, str]], generate: bool) -> tuple[int, ...]:
+        ids = tokenizer.apply_chat_template(
+            part, tools=[TOOL], add_generation_prompt=generate, return_dict=False
+        )
+        return tuple(ids)
+
+    ids = rendered(messages, True)
+    prompts = ChatPrompts(tokenizer)
+    found = prompts.conversation(ids, question)
+
+    assert found.prefix + found.turns == ids
+    assert found.prefix + prompts.turn(earlier[0]["content"]) == rendered(earlier[:1], False)
+    assert found.prefix + found.turns[: found.last_start] == rendered(earlier, False)
+
+
+@pytest.mark.parametrize("question", [None, "", " ", "something that nobody said", "\ud800"])
+def test_without_the_question_the_last_turn_is_the_last_that_begins_as_one(question: str | None) -> None:
+    tokenizer = with_template(WITH_TOOLS)
+    messages = [message("user", "Where does Mara live?"), *TOOL_ROUND]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+    found = ChatPrompts(tokenizer).conversation(ids, question)
+
+    last = tokenizer.decode(found.turns[found.last_start :])
+    assert last == "<|im_start|>user\n<tool_response>Oslo<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_prompt_in_which_nothing_begins_like_a_turn_is_one(prompts: dict[str, ChatPrompts]) -> None:
+    ids = (7, 8, 9)
+    found = prompts["chatml"].conversation(ids, "What?")
+    assert (found.prefix, found.turns, found.last_start) == ((), ids, 0)
+
+
 # -- no template ------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 from hypothesis import given, settings
@@ -10,12 +11,11 @@ from hypothesis import strategies as st
 from kv_agent.chunks import ChunkKey, ChunkRecord, TurnId, TurnRecord
 from kv_agent.config import PlanOptions, parse
 from kv_agent.planning import MemoryPrompt, build_prompt
-from kv_agent.prompting import FreshTurn
 from kv_agent.repair import exact_only, stretches_of
 from kv_agent.vllm_plugin.plan import CheckedPlan, check_plan
 from tests.unit.vllm_plugin.builders import FINGERPRINT, LIMITS, ROOT, SCOPE, chain, record
 
-FRESH = FreshTurn(token_ids=(7, 8, 9), start=0, end=3)
+FRESH = (7, 8, 9)
 
 Chunks = dict[ChunkKey, ChunkRecord]
 
@@ -69,7 +69,7 @@ def test_stretches_are_the_placements_and_what_went_on_stays_together(
     for stretch in stretches:
         keys = [one.key for one in stretch.placed]
         assert all(a.key == b.parent for a, b in pairwise(stretch.records))
-        assert not starts & set(keys[1:]) or stretch.is_exact(ROOT)
+        assert not starts & set(keys[1:]) or stretch.stands(ROOT)
 
 
 @given(case=prompts())
@@ -90,3 +90,15 @@ def test_behind_a_computed_prefix_nothing_is_exact() -> None:
     turn = remembered(0, [50], chunks, ChunkKey("elsewhere"), 9)
     prompt = build_prompt([], [turn], chunks, FRESH, max_prompt_tokens=200, bare_prefix=(1, 2))
     assert exact_only(prompt, chunks, ROOT).placements == ()
+
+
+def test_exact_only_stops_at_a_chunk_that_was_stored_with_loss() -> None:
+    chunks: Chunks = {}
+    turn = remembered(0, [3, 4, 5], chunks, ROOT, 0)
+    prompt = build_prompt([], [turn], chunks, FRESH, max_prompt_tokens=100)
+    assert exact_only(prompt, chunks, ROOT).placements == prompt.placements
+
+    middle = turn.chunk_keys[1]
+    chunks[middle] = replace(chunks[middle], codec="int4")
+
+    assert exact_only(prompt, chunks, ROOT).placements == prompt.placements[:1]

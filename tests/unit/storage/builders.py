@@ -20,7 +20,7 @@ from kv_agent.chunks import (
     content_key,
     root_key,
 )
-from kv_agent.storage import codec
+from kv_agent.storage import blob_content
 from kv_agent.storage.store import NewChunk
 
 FINGERPRINT = Fingerprint("fp-1")
@@ -36,6 +36,11 @@ def kv_for(key: ChunkKey, num_tokens: int, dtype: torch.dtype = torch.float16) -
     num_bytes = torch.empty(shape, dtype=dtype).nbytes
     bits = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, generator=generator)
     return bits.view(dtype).view(shape)
+
+
+def whole(data: bytes) -> list[blob_content.Part]:
+    """A blob file as it is written, with this content, whatever it is."""
+    return [blob_content.Part(0, data)]
 
 
 def vector_for(key: ChunkKey) -> bytes:
@@ -106,9 +111,14 @@ def record_of(
         token_ids=chunk.token_ids,
         blob=blob,
         tensor=chunk.key,
-        sha256=codec.checksum(chunk.kv),
+        checksum=blob_content.checksum(chunk.kv),
         num_bytes=chunk.kv.nbytes,
     )
+
+
+def kv_of(chunk: NewChunk) -> Tensor:
+    assert isinstance(chunk.kv, Tensor)
+    return chunk.kv
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:

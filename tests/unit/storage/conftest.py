@@ -1,4 +1,4 @@
-"""An empty catalog and an empty store in the directory of a test."""
+"""An empty catalog and an empty store in the directory of a test, and a clock that stands still."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 from kv_agent.storage.catalog import Catalog
 from kv_agent.storage.store import LocalStore
+from tests.unit.storage.clock import Clock
 
 
 @pytest.fixture
@@ -24,3 +25,8 @@ def store(tmp_path: Path) -> Iterator[LocalStore]:
     store = LocalStore(tmp_path / "store", host_bytes=0)
     yield store
     store.close()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()

@@ -37,6 +37,7 @@ class Forks:
         self._process = SPAWN.Process(target=_serve, args=(child,))
         self._process.start()
         child.close()
+        self._parent.recv()  # importing everything may take longer than a test gives its children
 
     def run(
         self,
@@ -64,6 +65,7 @@ class Forks:
 
 
 def _serve(requests: Connection) -> None:
+    requests.send("ready")
     with suppress(EOFError):
         while True:
             work, arguments, kill_after_s = requests.recv()

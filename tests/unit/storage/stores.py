@@ -19,3 +19,9 @@ def store_root(store: LocalStore) -> Path:
 def holds(store: LocalStore, chunks: list[NewChunk]) -> bool:
     records = store.catalog.chunks(chunk.key for chunk in chunks)
     return all(same_bits(store.load(records[chunk.key]), chunk.kv) for chunk in chunks)
+
+
+def counts(store: LocalStore) -> set[int]:
+    """All that a store counts; what its tiers may hold and have served so far left out."""
+    stats = store.stats()
+    return {stats[name] for name in stats if not name.endswith(("_hits", "_limit"))}

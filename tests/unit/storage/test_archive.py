@@ -10,12 +10,13 @@ import tarfile
 from dataclasses import replace
 
 import pytest
+from blake3 import blake3
 
 from kv_agent.chunks import ChunkKey, TurnId
 from kv_agent.errors import ConfigError, StorageError
 from kv_agent.storage import archive as archive_module
 from kv_agent.storage.archive import Archive, ArchivedTurn, ArchiveWriter
-from kv_agent.storage.container import ContainerWriter
+from kv_agent.storage.container import ContainerWriter, read_members
 from kv_agent.storage.store import NewChunk
 from tests.unit.storage.builders import FINGERPRINT, chain, same_bits, turn_of
 from tests.unit.storage.test_format import plain_tensors, raw
@@ -53,7 +54,7 @@ def test_an_archive_read_by_the_page_alone_has_the_same_memories() -> None:
     names = ["archive.json", *blobs[:2], "turns/00000001.json", blobs[2], "turns/00000002.json", "end.json"]
     assert list(members) == names
     assert json.loads(members["archive.json"]) == {
-        "format": "kv_agent.archive", "format_version": 1, "created": 12.5,
+        "format": "kv_agent.archive", "format_version": 3, "created": 12.5,
         "fingerprints": {FINGERPRINT: {"layers": 2}},
     }  # fmt: skip
     for name, chunk in zip(blobs, chunks, strict=True):
@@ -63,14 +64,14 @@ def test_an_archive_read_by_the_page_alone_has_the_same_memories() -> None:
         "turn_id": "turn-2", "namespace": "default", "user_id": "default", "agent_id": None,
         "session_id": None,
         "fingerprint": FINGERPRINT, "num_tokens": 7, "text": "text of turn-2 – ünïcödé", "created": 1.0,
-        "metadata": {"source": "test", "n": 3, "x": 0.5, "ok": True}, "expires": None,
+        "metadata": {"source": "test", "n": 3, "x": 0.5, "ok": True}, "expires": None, "pinned": False,
         "chunk_keys": [dog.key, cat.key],
     }  # fmt: skip
     assert (second["aliases"], second["context"]) == (["also"], [system.key])
     assert second["chunks"] == [
         {
             "key": cat.key, "content_key": cat.content_key, "parent": cat.parent, "start": cat.start,
-            "token_ids": list(cat.token_ids), "sha256": hashlib.sha256(raw(cat.kv)).hexdigest(),
+            "token_ids": list(cat.token_ids), "checksum": f"blake3:{blake3(raw(cat.kv)).hexdigest()}",
             "num_bytes": cat.kv.nbytes, "vector": base64.b64encode(cat.vector or b"").decode(),
             "sketch": base64.b64encode(b"sketch").decode(),
         }
@@ -97,11 +98,29 @@ def test_what_was_written_comes_back() -> None:
 
 def test_an_archive_of_a_newer_release_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as newer:
-        newer.setattr(archive_module, "FORMAT_VERSION", 2)
+        newer.setattr(archive_module, "FORMAT_VERSION", archive_module.FORMAT_VERSION + 1)
         file = written(archived(chain(2, 3)))
 
-    with pytest.raises(ConfigError, match=r"format version 2.*upgrade"):
+    with pytest.raises(ConfigError, match=r"format version 4.*upgrade"):
         Archive(file)
+
+
+def test_an_archive_from_before_turns_could_be_pinned_is_read() -> None:
+    one = archived(chain(2, 3))
+    older = io.BytesIO()
+    container = ContainerWriter(older)
+    for member in read_members(written(replace(one, turn=replace(one.turn, pinned=True)))):
+        content = json.loads(member.data) if member.name.endswith(".json") else {}
+        if member.name.startswith("turns/"):
+            assert content["turn"].pop("pinned")
+        if member.name == "end.json":
+            content["sha256"] = container.sha256
+        container.add(member.name, json.dumps(content).encode() if content else member.data)
+    container.close()
+
+    (again,) = Archive(older).turns()
+
+    assert again.turn == one.turn
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,15 +17,18 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kv_agent.chunks import ChunkRecord
+from kv_agent.chunks import ChunkRecord, CodecName
 from kv_agent.errors import CorruptChunkError
+from kv_agent.kv.rope import RotaryScheme
+from kv_agent.storage import blob_content
 from kv_agent.storage import blobs as blobs_module
-from kv_agent.storage import codec
 from kv_agent.storage.blobs import BlobFiles
+from kv_agent.storage.codecs import Codec, Payload, codec_of, data_of
 from tests.unit.storage import mutations
-from tests.unit.storage.builders import FINGERPRINT, chain, record_of, same_bits
+from tests.unit.storage.builders import FINGERPRINT, chain, record_of, same_bits, whole
 
 COUNT = int(os.environ.get("KV_AGENT_FUZZ_BLOBS", "4000"))
+CODED: list[CodecName] = ["int8", "int4+zstd", "raw+zstd"]
 DTYPES = [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.uint8]
 
 
@@ -34,7 +38,7 @@ class Victim(NamedTuple):
     blobs: BlobFiles
     path: Path
     data: bytes
-    stored: list[tuple[ChunkRecord, torch.Tensor]]
+    stored: list[tuple[ChunkRecord, Payload]]
 
 
 class Reads:
@@ -50,11 +54,35 @@ def victims(tmp_path_factory: pytest.TempPathFactory) -> list[Victim]:
         root = tmp_path_factory.mktemp("fuzz")
         # Equal lengths: a wrong tensor would have the right shape.
         chunks = chain(*((3, 3, 2), (1,))[seed % 2], seed=seed, dtype=dtype)
-        data = codec.encode({chunk.key: chunk.kv for chunk in chunks}, FINGERPRINT)
-        relpath = BlobFiles(root).write("victim", data)
+        data = blob_content.encode({chunk.key: chunk.kv for chunk in chunks}, FINGERPRINT)
+        relpath = BlobFiles(root).write("victim", whole(data))
         stored = [(record_of(chunk, blob=relpath), chunk.kv) for chunk in chunks]
         made.append(Victim(BlobFiles(root), root / relpath, data, stored))
-    return made
+    return [*made, *(coded_victim(tmp_path_factory.mktemp("fuzz"), codec) for codec in CODED)]
+
+
+def coded_victim(root: Path, codec: CodecName) -> Victim:
+    """Chunks that were written by a codec, beside one that was not."""
+    numbers = torch.randn(3, 2, 2, 3, 2, 4, generator=torch.Generator().manual_seed(0))
+    chosen = Codec(name=codec, scheme=RotaryScheme(inv_freq=(1.0, 0.3), rotary_dim=4, neox=False))
+    chunks = chain(3, 3, 3, dtype=torch.float32)
+    payloads: list[Payload] = [chosen.encode(numbers[0], 0), chosen.encode(numbers[1], 3), numbers[2]]
+    by_key = {chunk.key: payload for chunk, payload in zip(chunks, payloads, strict=True)}
+    data = blob_content.encode(by_key, FINGERPRINT)
+    relpath = BlobFiles(root).write("victim", whole(data))
+    stored = [
+        (
+            replace(
+                record_of(chunk, blob=relpath),
+                checksum=blob_content.checksum(by_key[chunk.key]),
+                num_bytes=by_key[chunk.key].nbytes,
+                codec=codec_of(by_key[chunk.key]),
+            ),
+            by_key[chunk.key],
+        )
+        for chunk in chunks
+    ]
+    return Victim(BlobFiles(root), root / relpath, data, stored)
 
 
 @pytest.fixture
@@ -76,12 +104,15 @@ def outcomes(victim: Victim, data: bytes, reads: Reads) -> dict[str, int]:
     for record, original in victim.stored:
         reads.largest = 0
         try:
-            tensor = victim.blobs.read_tensor(record.blob, record.tensor)
-            codec.verify(tensor, record)
+            tensor = victim.blobs.read_chunk(record.blob, record.tensor)
+            blob_content.verify(tensor, record)
         except CorruptChunkError:
             counts["refused"] += 1
         else:
-            assert same_bits(tensor, original)
+            assert codec_of(tensor) == codec_of(original)
+            assert tuple(tensor.shape) == tuple(original.shape)
+            assert tensor.dtype == original.dtype
+            assert same_bits(data_of(tensor), data_of(original))
             counts["right"] += 1
         assert reads.largest <= len(data)
     return counts
@@ -110,7 +141,7 @@ def test_thousands_of_mutated_blobs_give_the_right_tensor_or_an_error_of_ours(
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(random=st.randoms(use_true_random=False), which=st.integers(0, len(DTYPES) - 1))
+@given(random=st.randoms(use_true_random=False), which=st.integers(0, len(DTYPES) + len(CODED) - 1))
 def test_mutations_chosen_by_hypothesis_do_not_slip_through_either(
     victims: list[Victim], reads: Reads, random: random.Random, which: int
 ) -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from kv_agent.errors import CorruptChunkError, StorageError
+from kv_agent.storage import blob_content
 from kv_agent.storage import blobs as blobs_module
-from kv_agent.storage import codec
 from kv_agent.storage.blobs import BlobFiles, MissingBlobError
-from tests.unit.storage.builders import FINGERPRINT, chain, same_bits
+from tests.unit.storage.builders import FINGERPRINT, chain, same_bits, whole
 
 
 @pytest.fixture
@@ -23,13 +23,13 @@ def blobs(tmp_path: Path) -> BlobFiles:
 
 
 def content(*lengths: int) -> bytes:
-    return codec.encode({chunk.key: chunk.kv for chunk in chain(*lengths)}, FINGERPRINT)
+    return blob_content.encode({chunk.key: chunk.kv for chunk in chain(*lengths)}, FINGERPRINT)
 
 
 def test_a_written_blob_lies_under_its_first_two_characters_and_holds_its_bytes(
     blobs: BlobFiles, tmp_path: Path
 ) -> None:
-    relpath = blobs.write("abcd-1", b"payload")
+    relpath = blobs.write("abcd-1", whole(b"payload"))
 
     assert relpath == "blobs/ab/abcd-1.safetensors"
     assert (tmp_path / relpath).read_bytes() == b"payload"
@@ -38,13 +38,15 @@ def test_a_written_blob_lies_under_its_first_two_characters_and_holds_its_bytes(
 
 def test_only_the_asked_tensor_is_read(blobs: BlobFiles, tmp_path: Path) -> None:
     first, second = chain(3, 5)
-    relpath = blobs.write("ab", content(3, 5))
+    relpath = blobs.write("ab", whole(content(3, 5)))
     path = tmp_path / relpath
     data = path.read_bytes()
-    span = codec.find_tensor(data[8 : 8 + codec.header_bytes(data[:8], len(data))], second.key, len(data))
+    span = blob_content.find_tensor(
+        data[8 : 8 + blob_content.header_bytes(data[:8], len(data))], second.key, len(data)
+    )
     path.write_bytes(data[: span.start] + bytes(span.end - span.start) + data[span.end :])
 
-    tensor = blobs.read_tensor(relpath, first.key)
+    tensor = blobs.read_chunk(relpath, first.key)
 
     assert same_bits(tensor, first.kv)
     assert tensor.untyped_storage().nbytes() == tensor.nbytes
@@ -52,48 +54,49 @@ def test_only_the_asked_tensor_is_read(blobs: BlobFiles, tmp_path: Path) -> None
 
 def test_the_returned_tensor_is_the_callers_own(blobs: BlobFiles) -> None:
     (chunk,) = chain(3)
-    relpath = blobs.write("ab", content(3))
+    relpath = blobs.write("ab", whole(content(3)))
 
-    blobs.read_tensor(relpath, chunk.key).zero_()
+    blobs.read_chunk(relpath, chunk.key).zero_()
 
-    assert same_bits(blobs.read_tensor(relpath, chunk.key), chunk.kv)
+    assert same_bits(blobs.read_chunk(relpath, chunk.key), chunk.kv)
 
 
 def test_a_missing_file_is_a_missing_blob(blobs: BlobFiles) -> None:
-    blobs.write("ab", content(3))
+    blobs.write("ab", whole(content(3)))
 
     with pytest.raises(MissingBlobError, match=r"blobs/cd/cd\.safetensors"):
-        blobs.read_tensor("blobs/cd/cd.safetensors", "key")
+        blobs.read_chunk("blobs/cd/cd.safetensors", "key")
 
 
-def test_a_missing_blob_folder_is_not_a_missing_blob(blobs: BlobFiles) -> None:
+def test_a_missing_blob_folder_is_not_a_missing_blob(blobs: BlobFiles, tmp_path: Path) -> None:
+    (tmp_path / "blobs").rmdir()
     with pytest.raises(StorageError, match="mounted") as caught:
-        blobs.read_tensor("blobs/cd/cd.safetensors", "key")
+        blobs.read_chunk("blobs/cd/cd.safetensors", "key")
     assert not isinstance(caught.value, MissingBlobError | CorruptChunkError)
 
 
 def test_an_absent_tensor_is_corrupt(blobs: BlobFiles) -> None:
-    relpath = blobs.write("ab", content(3))
+    relpath = blobs.write("ab", whole(content(3)))
 
     with pytest.raises(CorruptChunkError, match="nothing"):
-        blobs.read_tensor(relpath, "nothing")
+        blobs.read_chunk(relpath, "nothing")
 
 
 def test_running_out_of_file_descriptors_is_not_lost_data(blobs: BlobFiles, tmp_path: Path) -> None:
     (chunk,) = chain(3)
-    relpath = blobs.write("ab", content(3))
+    relpath = blobs.write("ab", whole(content(3)))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     lowest_free = os.dup(0)
     os.close(lowest_free)
     resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
     try:
         with pytest.raises(StorageError, match="Too many open files") as caught:
-            blobs.read_tensor(relpath, chunk.key)
+            blobs.read_chunk(relpath, chunk.key)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
     assert type(caught.value) is StorageError
-    assert same_bits(blobs.read_tensor(relpath, chunk.key), chunk.kv)
+    assert same_bits(blobs.read_chunk(relpath, chunk.key), chunk.kv)
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.ESTALE])
@@ -101,7 +104,7 @@ def test_a_disk_error_while_reading_is_a_plain_storage_error_and_keeps_the_file(
     blobs: BlobFiles, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     (chunk,) = chain(3)
-    relpath = blobs.write("ab", content(3))
+    relpath = blobs.write("ab", whole(content(3)))
 
     def fail(*_: object) -> None:
         raise OSError(code, os.strerror(code))
@@ -109,17 +112,17 @@ def test_a_disk_error_while_reading_is_a_plain_storage_error_and_keeps_the_file(
     with monkeypatch.context() as patch:
         patch.setattr(blobs_module, "_read_exactly", fail)
         with pytest.raises(StorageError) as caught:
-            blobs.read_tensor(relpath, chunk.key)
+            blobs.read_chunk(relpath, chunk.key)
 
     assert type(caught.value) is StorageError
-    assert same_bits(blobs.read_tensor(relpath, chunk.key), chunk.kv)
+    assert same_bits(blobs.read_chunk(relpath, chunk.key), chunk.kv)
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_a_failed_write_leaves_nothing_behind(
     blobs: BlobFiles, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    blobs.write("ab-before", b"old")
+    blobs.write("ab-before", whole(b"old"))
 
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -127,7 +130,7 @@ def test_a_failed_write_leaves_nothing_behind(
     with monkeypatch.context() as patch:
         patch.setattr(os, step, fail)
         with pytest.raises(StorageError, match="No space left"):
-            blobs.write("ab-after", b"new")
+            blobs.write("ab-after", whole(b"new"))
 
     assert {path: file.num_bytes for path, file in blobs.files().items()} == {
         "blobs/ab/ab-before.safetensors": 3
@@ -139,17 +142,17 @@ def test_a_full_disk_is_a_storage_error_and_leaves_nothing_behind(blobs: BlobFil
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))  # Python ignores SIGXFSZ: EFBIG
     try:
         with pytest.raises(StorageError, match="cannot store"):
-            blobs.write("ab", bytes(1 << 20))
+            blobs.write("ab", whole(bytes(1 << 20)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
     assert blobs.files() == {}
 
 
-def test_the_bytes_are_synced_before_the_rename_and_the_folder_after_it(
+def test_the_bytes_are_synced_and_then_the_folder_that_names_them(
     blobs: BlobFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    blobs.write("ab-0", b"")  # makes the folders
+    blobs.write("ab-0", whole(b""))  # makes the folders
     steps: list[str] = []
     real_fsync, real_replace = os.fsync, os.replace
 
@@ -163,13 +166,51 @@ def test_the_bytes_are_synced_before_the_rename_and_the_folder_after_it(
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", replace)
-    blobs.write("ab-1", b"payload")
+    blobs.write("ab-1", whole(b"payload"))
 
-    assert steps == ["file", "rename", "folder"]
+    assert steps == ["rename", "file", "folder"]
+
+
+def test_without_fsync_nothing_is_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", None)
+    blobs = BlobFiles(tmp_path, "never")
+
+    relpath = blobs.write("ab-1", whole(b"payload"))
+
+    assert (tmp_path / relpath).read_bytes() == b"payload"
+
+
+def test_a_folder_that_cannot_be_synced_leaves_no_blob_behind(
+    blobs: BlobFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blobs.write("ab-before", whole(b"old"))
+    real_fsync = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EIO, "Input/output error")
+        real_fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(StorageError, match="Input/output"):
+            blobs.write("ab-after", whole(b"new"))
+
+    assert list(blobs.files()) == ["blobs/ab/ab-before.safetensors"]
+
+
+def test_a_blob_folder_that_is_gone_is_not_made_anew(blobs: BlobFiles, tmp_path: Path) -> None:
+    (tmp_path / "blobs").rmdir()
+
+    with pytest.raises(StorageError, match="mounted") as caught:
+        blobs.write("ab", whole(b"payload"))
+
+    assert type(caught.value) is StorageError
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_deleting_twice_is_fine(blobs: BlobFiles) -> None:
-    relpath = blobs.write("ab", b"payload")
+    relpath = blobs.write("ab", whole(b"payload"))
 
     blobs.delete(relpath)
     blobs.delete(relpath)
@@ -190,7 +231,7 @@ def test_a_path_that_leaves_the_blob_folder_is_refused(tmp_path: Path, relpath: 
     secret.write_bytes(b"secret")
     blobs = BlobFiles(tmp_path / "store")
 
-    for use in (lambda: blobs.read_tensor(relpath, "k"), lambda: blobs.delete(relpath)):
+    for use in (lambda: blobs.read_chunk(relpath, "k"), lambda: blobs.delete(relpath)):
         with pytest.raises(CorruptChunkError, match="blob path"):
             use()
     assert secret.read_bytes() == b"secret"
@@ -199,4 +240,4 @@ def test_a_path_that_leaves_the_blob_folder_is_refused(tmp_path: Path, relpath: 
 @pytest.mark.parametrize("name", ["", "a", "../x", "a/b", "a.b", "ab\n", "é" * 4, "a" * 201])
 def test_a_name_that_is_no_plain_file_name_is_refused(blobs: BlobFiles, name: str) -> None:
     with pytest.raises(StorageError, match="blob name"):
-        blobs.write(name, b"")
+        blobs.write(name, whole(b""))

@@ -74,7 +74,7 @@ def test_recapture_brings_a_quarantined_chunk_back_to_every_turn(catalog: Catalo
         catalog.quarantine(chunk.key, "checksum")
     assert found(catalog) == set()
 
-    again = [dataclasses.replace(chunk, blob="b1", sha256="1" * 64) for chunk in content]
+    again = [dataclasses.replace(chunk, blob="b1", checksum="1" * 64) for chunk in content]
     first = catalog.add_turn(turn_of(content, "turn-3"), [], again[:1], {})
     second = catalog.add_turn(turn_of(content, "turn-4"), [], again, {})
 
@@ -93,6 +93,19 @@ def test_a_live_row_stays_as_it_is(catalog: Catalog) -> None:
 
     assert result.new_chunks == frozenset()
     assert catalog.chunks([chunk.key]) == {chunk.key: chunk}
+
+
+def test_child_lengths_are_those_of_all_usable_children(catalog: Catalog) -> None:
+    lengths = [7, 2, 2, 5, 7, 11, 5, 2]
+    children = [records(length, seed=number)[0] for number, length in enumerate(lengths)]
+    for number, child in enumerate(children):
+        catalog.add_turn(turn_of([child], f"turn-{number}"), [], [child], {})
+    bad = {0, 3, 6, 1}
+    for number in bad:
+        catalog.quarantine(children[number].key, "bad")
+
+    usable = {length for number, length in enumerate(lengths) if number not in bad}
+    assert catalog.child_lengths(children[0].parent) == tuple(sorted(usable)) == (2, 7, 11)
 
 
 def test_child_lengths_are_distinct_and_ascending(catalog: Catalog) -> None:

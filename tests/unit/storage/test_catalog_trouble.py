@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from kv_agent.chunks import Scope, TurnId
-from kv_agent.errors import StorageError
-from kv_agent.storage import schema
+from kv_agent.config import Fsync
+from kv_agent.errors import StorageError, UnstorableError
+from kv_agent.storage import connection, schema
 from kv_agent.storage.catalog import Catalog
 from tests.unit.storage.builders import turn_of
 from tests.unit.storage.catalogs import found, records, vectors
@@ -73,7 +74,7 @@ def test_a_missing_folder_is_a_storage_error_at_once(tmp_path: Path) -> None:
 def test_a_locked_catalog_is_a_storage_error_and_reading_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(schema, "BUSY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(connection, "BUSY_TIMEOUT_S", 0.05)
     content = records(3)
     catalog = Catalog(tmp_path / "c")
     holder = sqlite3.connect(tmp_path / "c", isolation_level=None)
@@ -87,6 +88,35 @@ def test_a_locked_catalog_is_a_storage_error_and_reading_goes_on(
     holder.close()
     assert catalog.add_turn(turn_of(content), [], content, {}).new_turn
     catalog.close()
+
+
+def test_a_catalog_that_is_up_to_date_is_opened_beside_a_writer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "BUSY_TIMEOUT_S", 0.05)
+    Catalog(tmp_path / "c").close()
+    writer = sqlite3.connect(tmp_path / "c", isolation_level=None)
+    writer.execute("BEGIN IMMEDIATE")
+
+    catalog = Catalog(tmp_path / "c")
+
+    assert set(catalog.stats().values()) == {0}
+    catalog.close()
+    writer.close()
+
+
+def test_a_connection_is_closed_without_a_word_when_the_interpreter_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = connection.connect(tmp_path / "c", "never", create=True)
+    kept = mine.connection
+    monkeypatch.setattr(connection, "sqlite3", None)  # as the names of modules are by then
+    monkeypatch.setattr(connection, "suppress", None)
+
+    del mine  # what it raised would be a warning, and so an error here
+
+    with pytest.raises(sqlite3.ProgrammingError):
+        kept.execute("SELECT 1")
 
 
 def test_values_sqlite_cannot_hold_are_storage_errors(catalog: Catalog) -> None:
@@ -111,11 +141,71 @@ def test_a_closed_catalog_says_so(catalog: Catalog) -> None:
         catalog.stats()
 
 
-def test_a_commit_waits_for_the_disk(catalog: Catalog) -> None:
+@pytest.mark.parametrize(("fsync", "synchronous"), [("always", 2), ("never", 1)])  # FULL and NORMAL
+def test_a_commit_waits_for_the_disk_or_leaves_it_to_checkpoints(
+    tmp_path: Path, fsync: Fsync, synchronous: int
+) -> None:
+    catalog = Catalog(tmp_path / "c", fsync)
     with catalog._connection() as db:
-        assert db.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
+        assert db.execute("PRAGMA synchronous").fetchone() == (synchronous,)
         assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         assert db.execute("PRAGMA foreign_keys").fetchone() == (1,)
+    catalog.close()
+
+
+def test_a_catalog_that_is_not_in_its_place_is_read_but_not_written_nor_made_anew(tmp_path: Path) -> None:
+    root, away = tmp_path / "store", tmp_path / "away"
+    root.mkdir()
+    content = records(3)
+    catalog = Catalog(root / "c")
+    catalog.add_turn(turn_of(content), [], content, vectors(content))
+    root.rename(away)
+    root.mkdir()
+
+    with pytest.raises(StorageError, match="mounted"):
+        catalog.forget([TurnId("turn-1")])
+    with ThreadPoolExecutor(1) as pool, pytest.raises(StorageError, match="mounted"):
+        pool.submit(catalog.stats).result()
+    assert found(catalog) == {("turn-1", content[0].key)}
+    assert list(root.iterdir()) == []
+
+    root.rmdir()
+    away.rename(root)
+    catalog.forget([TurnId("turn-1")])
+    assert found(catalog) == set()
+    catalog.close()
+
+
+def test_another_catalog_in_its_place_is_the_one_that_is_used(tmp_path: Path) -> None:
+    path, content = tmp_path / "c", records(3)
+    catalog = Catalog(path)
+    for name in ("c", "c-wal", "c-shm"):
+        (tmp_path / name).rename(tmp_path / f"old {name}")
+    other = Catalog(path)
+
+    catalog.add_turn(turn_of(content), [], content, vectors(content))
+
+    assert found(other) == {("turn-1", content[0].key)}
+    catalog.close()
+    other.close()
+
+
+def test_what_is_wrong_with_a_turn_is_told_from_what_is_wrong_with_the_disk(catalog: Catalog) -> None:
+    (chunk,) = records(3)
+
+    for turn in (
+        dataclasses.replace(turn_of([chunk]), text="\ud800"),
+        dataclasses.replace(turn_of([chunk]), created=None),
+        turn_of([chunk], "turn\0"),
+    ):
+        with pytest.raises(UnstorableError):
+            catalog.add_turn(turn, [], [chunk], {})
+    with pytest.raises(UnstorableError):
+        catalog.add_turn(turn_of([chunk]), [], [], {})
+    catalog.close()
+    with pytest.raises(StorageError) as caught:
+        catalog.add_turn(turn_of([chunk]), [], [chunk], {})
+    assert not isinstance(caught.value, UnstorableError)
 
 
 def test_threads_add_and_read_side_by_side(catalog: Catalog) -> None:

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from kv_agent.chunks import Scope, TurnId
 from kv_agent.errors import StorageError
 from kv_agent.storage.store import LocalStore
@@ -18,6 +20,8 @@ from tests.unit.storage.builders import FINGERPRINT, chain, kv_for, same_bits, t
 from tests.unit.storage.catalogs import found
 from tests.unit.storage.forking import Forks, Say
 from tests.unit.storage.stores import holds
+
+pytestmark = pytest.mark.slow
 
 CROWD_S = float(os.environ.get("KV_AGENT_CROWD_S", "3"))
 WRITERS = READERS = 8

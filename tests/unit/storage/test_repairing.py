@@ -101,7 +101,7 @@ def test_what_cannot_be_read_now_is_named_and_not_quarantined(
         raise StorageError("input/output error")
 
     with monkeypatch.context() as broken:
-        broken.setattr(BlobFiles, "read_tensor", fail)
+        broken.setattr(BlobFiles, "read_chunk", fail)
         inspection = store.inspect()
         assert store.repair(inspection) == []
 
@@ -127,13 +127,13 @@ def test_a_turn_forgotten_while_its_chunks_are_read_is_no_problem(
     store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill(store, 2)
-    real_read = BlobFiles.read_tensor
+    real_read = BlobFiles.read_chunk
 
     def forget_and_read(blobs: BlobFiles, relpath: str, name: str) -> object:
         store.forget([TurnId("turn-0"), TurnId("turn-1")])
         return real_read(blobs, relpath, name)
 
-    monkeypatch.setattr(BlobFiles, "read_tensor", forget_and_read)
+    monkeypatch.setattr(BlobFiles, "read_chunk", forget_and_read)
 
     assert store.check() == []
 

@@ -12,7 +12,7 @@ from kv_agent.errors import CorruptChunkError
 from kv_agent.storage.blobs import MissingBlobError
 from kv_agent.storage.store import LocalStore
 from tests.unit.storage.builders import chain, turn_of
-from tests.unit.storage.stores import blob_files, holds, store_root
+from tests.unit.storage.stores import blob_files, counts, holds, store_root
 
 
 def test_loading_names_missing_and_damaged_blobs_apart_and_does_not_quarantine(store: LocalStore) -> None:
@@ -94,7 +94,7 @@ def test_forgetting_removes_a_blob_only_with_its_last_user(tmp_path: Path) -> No
 
     store.forget([TurnId("turn-3")])
     assert blob_files(store) == []
-    assert set(store.stats().values()) == {0}
+    assert counts(store) == {0}
     assert store.check() == []
     store.close()
 

@@ -15,12 +15,13 @@ import torch
 from kv_agent.chunks import Fingerprint, Scope, TurnId
 from kv_agent.errors import ConfigError, KVAgentError, StorageError
 from kv_agent.storage.archive import Archive
+from kv_agent.storage.codecs import Payload
 from kv_agent.storage.store import LocalStore, NewChunk
 from kv_agent.storage.transfer import Exported, Imported, export_turns, import_archive
 from kv_agent.storage.turn_writes import AddResult
 from tests.unit.storage.builders import FINGERPRINT, chain, turn_of
 from tests.unit.storage.catalogs import found
-from tests.unit.storage.stores import blob_files, holds, store_root
+from tests.unit.storage.stores import blob_files, counts, holds, store_root
 
 OTHER_MODEL = Fingerprint("fp-2")
 ALICE = Scope(user_id="alice", agent_id="planner", session_id="monday")
@@ -32,7 +33,7 @@ TABLES = {
     "turns": "*",
     "turn_aliases": "*",
     "chunks": "key, content_key, parent, fingerprint, namespace, user_id, start, num_tokens, token_ids,"
-    " tensor, sha256, num_bytes, vector, created, quarantine_reason",
+    " tensor, checksum, num_bytes, vector, created, quarantine_reason",
     "turn_chunks": "*",
     "sketches": "*",
     "entries": "turn_id, chunk_key",
@@ -68,7 +69,7 @@ def source(store: LocalStore, chunks: dict[str, list[NewChunk]]) -> LocalStore:
     put(replace(turn_of([dog], "older", ALICE, created=1.5), text="The dog is brown."), [system], [dog])
     newer = replace(turn_of([dog, cat], "newer", ALICE, created=2.5), text="The cat is red.\x00 ünïcödé 🐈")
     put(replace(newer, expires=4e9, metadata={"n": 1, "x": 1.0, "ok": True, "s": "1"}), [system], [dog, cat])
-    put(replace(newer, turn_id=TurnId("again"), expires=3e9), [], [])
+    put(replace(newer, turn_id=TurnId("again"), expires=3e9, pinned=True), [], [])
     put(turn_of(chunks["bob"], "boat", BOB, created=3.5), [], chunks["bob"])
     other = replace(turn_of(chunks["other model"], "elsewhere", ALICE, created=4.5), fingerprint=OTHER_MODEL)
     put(other, [], chunks["other model"])
@@ -279,7 +280,7 @@ def test_an_import_for_one_model_refuses_memories_of_another(source: LocalStore,
 
     with pytest.raises(ConfigError, match=r"holds memories of model fp-2, not only of fp-1"):
         import_archive(target, archive, FINGERPRINT)
-    assert set(target.stats().values()) == {0}
+    assert counts(target) == {0}
 
     bobs = Archive(exported(source, user_id="bob")[0])
     assert import_archive(target, bobs, FINGERPRINT).num_new_turns == 1
@@ -290,7 +291,7 @@ def test_memories_whose_keys_cannot_be_compared_are_refused(source: LocalStore, 
 
     with pytest.raises(ConfigError, match="differ from this store's in rope"):
         moved(source, target)
-    assert set(target.stats().values()) == {0}
+    assert counts(target) == {0}
 
 
 def test_models_stay_apart(source: LocalStore, target: LocalStore) -> None:
@@ -306,14 +307,14 @@ def test_models_stay_apart(source: LocalStore, target: LocalStore) -> None:
 def test_a_turn_forgotten_while_it_is_exported_is_no_error(
     source: LocalStore, target: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real_load = LocalStore.load
+    real_stored = LocalStore.stored
 
-    def forget_and_load(store: LocalStore, record: Any) -> torch.Tensor:
+    def forget_and_read(store: LocalStore, record: Any) -> Payload:
         monkeypatch.undo()
         store.forget([TurnId("prefix"), TurnId("older"), TurnId("newer")])
-        return real_load(store, record)
+        return real_stored(store, record)
 
-    monkeypatch.setattr(LocalStore, "load", forget_and_load)
+    monkeypatch.setattr(LocalStore, "stored", forget_and_read)
     file, done = exported(source)
 
     assert done.left_out == {}

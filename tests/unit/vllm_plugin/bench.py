@@ -6,11 +6,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kv_agent.chunks import ChunkKey, ChunkRecord, TurnId, TurnRecord
+from kv_agent.kv.block_copy import BlockCopier, Strided
 from kv_agent.kv.rope import RotaryScheme
 from kv_agent.storage.store import LocalStore, NewChunk
 from kv_agent.storage.turn_writes import AddResult
@@ -30,17 +32,41 @@ SCHEME = RotaryScheme(
 POOLED = (0, 2)
 
 
+class DenseCopier(BlockCopier):
+    """Into the dense tensor, unless its cache is broken."""
+
+    cache: DenseCache
+
+    def scatter(self, *arguments: Any) -> None:
+        self.cache._fail_if_broken()
+        super().scatter(*arguments)
+
+
 class DenseCache:
-    """The paged cache's methods on one dense tensor ``[L, 2, S, H, D]``."""
+    """The paged cache's methods on one dense tensor ``[L, 2, S, H, D]``, a ``direct`` one's copier, too."""
 
     block_tokens = P
     num_layers = L
     device = torch.device("cpu")
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, *, direct: bool = False) -> None:
         shape = (L, 2, NUM_BLOCKS * P, H, D)
+        self.dtype = dtype
         self.memory_L2SHD = torch.randn(shape, generator=torch.Generator().manual_seed(5)).to(dtype)
         self.broken: Exception | None = None
+        self.copier = self._copier() if direct else None
+
+    def _copier(self) -> DenseCopier:
+        rows = {"token": H * D, "head": D, "dim": 1}
+        copier = DenseCopier(
+            caches_L=[memory_2SHD[0].view(NUM_BLOCKS, P, H, D) for memory_2SHD in self.memory_L2SHD],
+            block_items=P * H * D,
+            shape_PHD=(P, H, D),
+            key=Strided(first=0, **rows),
+            value=Strided(first=self.memory_L2SHD.stride(1), **rows),
+        )
+        object.__setattr__(copier, "cache", self)
+        return copier
 
     @property
     def token_bytes(self) -> int:
@@ -79,8 +105,8 @@ class TroubledStore(LocalStore):
     load_error: Exception | None = None
     put_error: Exception | None = None
 
-    def __init__(self, root: Path, host_bytes: int) -> None:
-        super().__init__(root, host_bytes)
+    def __init__(self, root: Path, host_bytes: int, warm_bytes: int) -> None:
+        super().__init__(root, host_bytes, warm_bytes=warm_bytes)
         self.may_load = threading.Event()
         self.may_put = threading.Event()
         self.given_vectors: dict[ChunkKey, bytes | None] = {}
@@ -117,18 +143,18 @@ class Bench:
         *,
         dtype: torch.dtype = torch.float32,
         host_bytes: int = 0,
-        device_bytes: int = 0,
+        warm_bytes: int = 0,
         queue_bytes: int = 1 << 30,
         scheme: RotaryScheme | None = SCHEME,
+        direct: bool = False,
     ) -> None:
-        self.cache = DenseCache(dtype)
-        self.store = TroubledStore(root, host_bytes)
+        self.cache = DenseCache(dtype, direct=direct)
+        self.store = TroubledStore(root, host_bytes, warm_bytes)
         self.worker = WorkerSide(
             self.cache,
             self.store,
             scheme,
             pooled_layers=POOLED,
-            device_bytes=device_bytes,
             queue_bytes=queue_bytes,
             load_threads=2,
             decode=lambda ids: " ".join(map(str, ids)),

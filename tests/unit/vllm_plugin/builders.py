@@ -48,7 +48,7 @@ def record(
         token_ids=ids,
         blob="blobs/ab/ab.safetensors",
         tensor=key,
-        sha256="",
+        checksum="",
         num_bytes=0,
         quarantined=quarantined,
     )

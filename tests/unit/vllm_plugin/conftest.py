@@ -24,12 +24,13 @@ def desk(catalog: FakeCatalog) -> Iterator[Desk]:
     desk.close()
 
 
-@pytest.fixture
-def benches(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
+@pytest.fixture(params=[False, True], ids=["staged", "direct"])
+def benches(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Bench]]:
+    """Every test for both ways into the cache."""
     opened: list[Bench] = []
 
     def make(**options: object) -> Bench:
-        opened.append(Bench(tmp_path / "store", **options))
+        opened.append(Bench(tmp_path / "store", direct=request.param, **options))
         return opened[-1]
 
     yield make

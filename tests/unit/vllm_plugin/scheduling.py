@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
-from kv_agent.chunks import ChunkKey, ChunkRecord, Scope
+from kv_agent.chunks import ChunkKey, ChunkRecord, CodecName, Scope
 from kv_agent.config import PlanOptions, PluginConfig
 from kv_agent.vllm_plugin.jobs import CaptureJob, LoadFailure, LoadJob, StepJobs, WorkerReport
 from kv_agent.vllm_plugin.resolver import Resolved, Resolver
@@ -125,13 +125,18 @@ class Desk:
     """A scheduler's half with a real resolver on a fake catalog, and vLLM's part of the protocol."""
 
     def __init__(
-        self, catalog: FakeCatalog, *, prefix_caching: bool = True, chunk_tokens: int = CHUNK
+        self,
+        catalog: FakeCatalog,
+        *,
+        prefix_caching: bool = True,
+        chunk_tokens: int = CHUNK,
+        load: Literal["always", "faster"] = "always",
     ) -> None:
         self.catalog = catalog
         self.resolver = WatchedResolver(catalog, FINGERPRINT)
         self.resolver.limits = LIMITS
         self.side = SchedulerSide(
-            PluginConfig(chunk_tokens=chunk_tokens),
+            PluginConfig(chunk_tokens=chunk_tokens, load=load),
             FINGERPRINT,
             self.resolver,
             block_tokens=BLOCK,
@@ -221,11 +226,16 @@ class Desk:
 
     def store(self, job: CaptureJob) -> None:
         """Make a capture durable, as the worker would."""
-        self.catalog.add(*records_of(job))
+        self.catalog.add(*(replace(one, codec=codec_for(one.key)) for one in records_of(job)))
         self.side.report(WorkerReport(settled={job.turn_id: None}))
 
     def lose(self, job: CaptureJob) -> None:
         self.side.report(WorkerReport(settled={job.turn_id: "could not be written"}))
+
+
+def codec_for(key: ChunkKey) -> CodecName:
+    """One chunk in four is stored with loss, always the same ones."""
+    return "raw" if int(key[0], 16) % 4 else "int8"
 
 
 def records_of(job: CaptureJob) -> list[ChunkRecord]:
@@ -241,7 +251,7 @@ def records_of(job: CaptureJob) -> list[ChunkRecord]:
             token_ids=segment.token_ids,
             blob="blobs/ab/ab.safetensors",
             tensor=segment.key,
-            sha256="",
+            checksum="",
             num_bytes=0,
         )
         for segment in job.segments

@@ -142,6 +142,20 @@ def test_a_chain_at_its_own_place_is_exact() -> None:
     assert [(chunk.start, chunk.end) for chunk in plan.placed] == [(0, 4), (4, 7), (7, 9)]
 
 
+def test_a_chunk_stored_with_loss_is_adapted_even_at_its_own_place_and_what_follows_it_too() -> None:
+    first, second = chain([1, 2, 3], [4, 5])
+    lossy = replace(first, codec="int8")
+
+    prompt = (1, 2, 3, 4, 5, *FRESH)
+    plan = check(plan_options((lossy, 0), (second, 3), fresh_start=5), lossy, second, prompt=prompt)
+
+    assert [one.exact for one in plan.placed] == [False, False]
+    assert plan.placed[1].context == adapted_key(ROOT, first.key)
+    assert [load.delta for load in plan.loads(0, 5)] == [0, 0]
+    packed = replace(first, codec="raw+zstd")
+    assert check(plan_options((packed, 0), fresh_start=3), packed, prompt=prompt).placed[0].exact
+
+
 def test_the_order_of_placements_does_not_matter() -> None:
     records = chain([1, 2], [3, 4], [5, 6])
     placements = [(records[0], 0), (records[1], 2), (records[2], 4)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +15,7 @@ from kv_agent.vllm_plugin.salts import UNKNOWN, Moves, SaltLedger, cut_moves
 
 def moves(*placed: tuple[int, int, str]) -> Moves:
     """``"a2"`` is chunk ``a`` without its first two tokens."""
-    return tuple((start, end, ChunkKey(name[0]), int(name[1:] or 0)) for start, end, name in placed)
+    return tuple((start, end, ChunkKey(name[0] * 32), int(name[1:] or 0)) for start, end, name in placed)
 
 
 @st.composite
@@ -118,3 +120,17 @@ def test_cut_moves_keep_what_concerns_the_first_tokens(history: Moves, end: int)
         source_of(history, position) for position in range(end)
     ]
     assert all(start < stop <= end for start, stop, *_ in cut)
+
+
+def test_a_plan_of_ten_moved_chunks_is_remembered_in_half_a_kilobyte() -> None:
+    """There may be ``MAX_SALTS`` of them: as tuples they took 526 MB."""
+    ledger = SaltLedger()
+    tracemalloc.start()
+    for number in range(1000):
+        keys = (ChunkKey(f"{10 * number + place:032x}") for place in range(10))
+        starts = range(1000, 2000, 100)
+        ledger.record(str(number), tuple((at, at + 90, key, 0) for at, key in zip(starts, keys, strict=True)))
+    num_bytes, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert num_bytes < 1000 * 600

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import time
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from kv_agent.vllm_plugin import scheduler
 from kv_agent.vllm_plugin.jobs import ProbeJob, WorkerReport
 from kv_agent.vllm_plugin.plan import Refusal
 from tests.unit.vllm_plugin.builders import FakeCatalog, chain, plan_options, record, tokens_of
-from tests.unit.vllm_plugin.scheduling import FRESH, Desk, FakeRequest, request
+from tests.unit.vllm_plugin.scheduling import FRESH, WAIT_S, Desk, FakeRequest, request
 
 NOTHING = {"loads": [], "captures": [], "probes": []}
 
@@ -59,7 +60,7 @@ def test_malformed_fields_are_told_and_the_request_is_served(desk: Desk, raw: ob
     assert "kv_transfer_params.kv_agent" in served.answer["error"]
     assert served.counts == (0, 0, 0, 5)
     assert (served.loads, served.capture, served.blocks_kept) == ((), None, False)
-    assert desk.side.counters["requests_malformed"] == 1
+    assert desk.side.counters["rejected_requests|malformed"] == 1
 
 
 def refused_setup() -> tuple[FakeCatalog, FakeRequest]:
@@ -91,7 +92,7 @@ def test_kv_that_token_ids_do_not_name_is_neither_injected_nor_captured(
     assert list(served.reasons.values()) == [reason]
     assert served.counts == (0, 0, 0, 7)
     assert (served.capture is not None) is captured
-    assert desk.side.counters[f"refused: {reason}"] == 1
+    assert desk.side.counters[f"refused_chunks|{reason}"] == 1
 
 
 def test_without_prefix_caching_no_salt_is_needed() -> None:
@@ -160,6 +161,23 @@ def test_a_catalog_that_does_not_answer_in_time_counts_as_without_the_chunks(
     assert {refused["reason"] for refused in answer["refused"]} == {Refusal.LATE}
     assert len(answer["refused"]) == 3
     assert (answer["exact"], answer["computed"]) == (0, 21)
+
+
+def test_a_long_queue_is_waited_for_while_look_ups_end(
+    desk: Desk, catalog: FakeCatalog, planned: FakeRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler, "RESOLVE_TIMEOUT_S", 0.0)
+    catalog.gate.clear()
+    desk.side.new_request(planned)
+
+    desk.resolver.moved_on = time.monotonic() + WAIT_S  # the one before has just ended
+    assert desk.side.match("r", 0) == (None, False)
+    desk.resolver.moved_on = time.monotonic() - 1  # nothing has moved since
+    assert desk.side.match("r", 0) == (0, False)
+
+    catalog.gate.set()
+    desk.wait_looked_up()
+    assert desk.resolver.moved_on >= time.monotonic() - WAIT_S
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("a bug")])
@@ -299,12 +317,32 @@ def test_counters_add_up_over_requests(desk: Desk, catalog: FakeCatalog) -> None
     desk.lose(lost.captured)
 
     expected = {
-        "tokens_exact": 8,
-        "tokens_adapted": 4,
-        "tokens_computed": 3 + 7,
-        f"refused: {Refusal.FRESH_TURN}": 2,
-        "load failed: blob is missing": 1,
-        "turns_stored": 1,
-        "turns_lost": 1,
+        "tokens|exact": 8,
+        "tokens|adapted": 4,
+        "tokens|computed": 3 + 7,
+        f"refused_chunks|{Refusal.FRESH_TURN}": 2,
+        "load_failures|blob is missing": 1,
+        "turns|stored": 1,
+        "hits|adapted": 1,
+        "hits|exact": 1,
+        "turns|lost": 1,
     }
     assert {name: desk.side.counters[name] for name in expected} == expected
+
+
+def test_only_a_request_that_is_alone_waits_for_its_look_up(
+    desk: Desk, planned: FakeRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(scheduler, "wait", lambda _, seconds: waited.append(seconds))
+    other = FakeRequest(request_id="other", prompt_token_ids=[1])
+    desk.side.new_request(other)
+    desk.side.new_request(planned)
+    desk.ask("r")
+    assert not waited
+
+    desk.side.finished(other, [], complete=False)
+    desk.side.finished(planned, [], complete=False)
+    desk.side.new_request(planned)
+    desk.ask("r")
+    assert waited[:1] == [scheduler.ALONE_WAIT_S]

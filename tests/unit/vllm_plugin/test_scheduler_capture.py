@@ -267,7 +267,7 @@ def test_a_lost_capture_is_captured_anew(desk: Desk) -> None:
     second = desk.serve(request(range(8), "second"), durable=False)
     assert second.captured.segments == first.captured.segments
     assert second.captured.turn_id != first.captured.turn_id
-    assert (desk.side.counters["turns_lost"], desk.side.counters["turns_stored"]) == (1, 0)
+    assert (desk.side.counters["turns|lost"], desk.side.counters["turns|stored"]) == (1, 0)
 
 
 def test_a_durable_capture_is_known_from_the_catalog(desk: Desk, catalog: FakeCatalog) -> None:
@@ -276,7 +276,7 @@ def test_a_durable_capture_is_known_from_the_catalog(desk: Desk, catalog: FakeCa
     for one in first.captured.segments:  # forgotten by its user
         del catalog.records[one.key]
     assert desk.serve(request(range(8), "third")).captured.segments == first.captured.segments
-    assert desk.side.counters["turns_stored"] == 2
+    assert desk.side.counters["turns|stored"] == 2
 
 
 def test_pending_captures_of_other_users_are_not_known(desk: Desk) -> None:

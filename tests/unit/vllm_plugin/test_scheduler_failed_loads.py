@@ -31,7 +31,7 @@ def test_tokens_from_the_failed_chunk_s_block_on_are_computed(
     assert served.counts == (exact, 0, 0, len(prompt) - exact)
     expected: dict[str, str] = {one.key: Refusal.GAP for one in records[failed:]}
     assert served.reasons == expected | {records[failed].key: "blob is missing"}
-    assert desk.side.counters["load failed: blob is missing"] == 1
+    assert desk.side.counters["load_failures|blob is missing"] == 1
     assert served.answer["chunk_ids"] == [one.key for one in records[:failed]]
 
 

@@ -1,8 +1,9 @@
 """A whole engine in miniature, where KV is a hash of everything it depends on, led by the scheduler's half.
 
 One token's KV here is ``(hash of its token and of all KV before it, its position)``. Moving a chunk changes
-positions only, computing it anew changes the hash as soon as anything before it differs. So whether two KV
-are bit-identical, which is what "exact" promises, can be decided by comparing them.
+positions only, computing it anew changes the hash as soon as anything before it differs, and so does storing
+it with loss. So whether two KV are bit-identical, which is what "exact" promises, can be decided by comparing
+them.
 """
 
 from __future__ import annotations
@@ -186,7 +187,7 @@ class Engine:
                 if self.rng.random() < 0.2:
                     failure = LoadFailure(key=load.record.key, start=load.start, reason="unreadable")
                     break
-                moved = [(h, position + load.delta) for h, position in self.stored[load.record.key]]
+                moved = [(h, position + load.delta) for h, position in self._as_stored(load.record)]
                 assert load.start == len(kv)
                 kv += moved[load.skip :]
             self.desk.side.report(WorkerReport(loaded={one.request_id: failure}))
@@ -199,6 +200,10 @@ class Engine:
             if kv:  # else vLLM looks for cached tokens once more
                 self.desk.side.allocated(one.request_id, self.desk.blocks_of(one), 0)
                 return kv
+
+    def _as_stored(self, record: ChunkRecord) -> list[Kv]:
+        kv = self.stored[record.key]
+        return list(kv) if record.is_lossless else [(hash((h, "rounded")), position) for h, position in kv]
 
     def _local_hit(self, salt: str | None, tokens: list[int]) -> list[Kv]:
         kv: list[Kv] = []

@@ -16,7 +16,7 @@ from kv_agent.retrieval.sketches import from_sketch, to_sketch
 from kv_agent.vllm_plugin import worker as worker_module
 from kv_agent.vllm_plugin.jobs import CaptureJob, ProbeJob
 from tests.unit.storage.builders import same_bits
-from tests.unit.vllm_plugin.bench import POOLED, SCHEME, Bench, capture_job, load_job
+from tests.unit.vllm_plugin.bench import POOLED, SCHEME, WAIT_S, Bench, capture_job, load_job
 from tests.unit.vllm_plugin.builders import FINGERPRINT, SCOPE
 
 # -- what is stored ---------------------------------------------------------------------------------
@@ -186,6 +186,7 @@ def test_a_full_queue_loses_the_turn_and_gives_its_blocks_back(benches: Callable
     bench.step_until(lambda: first.turn_id in bench.report.settled)
     assert bench.report.settled[first.turn_id] is None
     assert bench.store.catalog.known_turns([first.turn_id, second.turn_id]) == {first.turn_id}
+    bench.step_until(lambda: not bench.worker.gauges()["queue_bytes|write"])  # which is told a moment later
     third = capture_job(6, name="third", first_token=500)
     bench.capture(third)
     assert bench.report.settled[third.turn_id] is None
@@ -197,12 +198,12 @@ class JustDrainedWriter:
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
 
-    def admit(self, num_bytes: int) -> bool:
-        return False
+    def admit(self, num_bytes: int) -> str | None:
+        return "write queue is full"
 
-    def submit(self, num_bytes: int, job: Callable[[], None]) -> bool:
+    def submit(self, num_bytes: int, job: Callable[[], None]) -> str | None:
         job()
-        return True
+        return None
 
     def close(self, timeout_s: float) -> bool:
         return True
@@ -232,8 +233,21 @@ def test_a_turn_that_cannot_be_stored_is_reported_lost_and_the_next_one_is_store
 
     bench.store.put_error = None
     kept = capture_job(6, name="kept")
-    assert len(bench.capture(kept)) == 1
-    assert bench.report.settled[kept.turn_id] is None
+    bench.step_until(lambda: bench.capture(kept) != [])  # after a pause, where the disk was in trouble
+    bench.step_until(lambda: bench.report.settled[kept.turn_id] is None)
+
+
+def test_while_storing_is_paused_turns_are_not_even_copied_and_the_report_says_why(bench: Bench) -> None:
+    bench.store.put_error = StorageError("disk is full")
+    bench.capture(capture_job(6, name="lost"))
+    assert bench.worker._writer.flush(WAIT_S)
+    bench.cache.broken = AssertionError("it was copied")
+
+    job = capture_job(6, name="not copied")
+    bench.step(captures=[job])
+
+    assert bench.report.settled[job.turn_id] == "storing is paused: disk is full"
+    assert job.request_id in bench.sent
 
 
 def test_a_cache_that_cannot_be_read_costs_the_turn_and_the_probe_only(bench: Bench) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
+from kv_agent.chunks import ChunkRecord
 from kv_agent.kv.rope import rotate_keys
 from tests.unit.storage.builders import same_bits
 from tests.unit.vllm_plugin.bench import NUM_BLOCKS, SCHEME, Bench, P, capture_job, load_job, slots
@@ -70,7 +73,7 @@ def test_skipped_tokens_are_not_written(bench: Bench, skip: int) -> None:
     assert same_bits(bench.kv(target.block_ids, 2 + skip, 14)[:, 1], captured[:, 1, skip:])
 
 
-@pytest.mark.parametrize("tier", ["host_bytes", "device_bytes"])
+@pytest.mark.parametrize("tier", ["host_bytes", "warm_bytes"])
 def test_moving_a_chunk_does_not_change_the_copy_that_stays_in_memory(
     benches: Callable[..., Bench], tier: str
 ) -> None:
@@ -87,10 +90,11 @@ def test_moving_a_chunk_does_not_change_the_copy_that_stays_in_memory(
         assert same_bits(loaded[:, 1], captured[:, 1])
 
 
-def test_a_chunk_that_is_hot_on_the_device_needs_no_blob(
-    benches: Callable[..., Bench], tmp_path: Path
+@pytest.mark.parametrize("tier", ["host_bytes", "warm_bytes"])
+def test_a_chunk_that_is_in_memory_needs_no_blob(
+    benches: Callable[..., Bench], tmp_path: Path, tier: str
 ) -> None:
-    bench = benches(device_bytes=1 << 20)
+    bench = benches(**{tier: 1 << 20})
     records = bench.capture(capture_job(6))
     assert bench.load(load_job(records)) is None
     bench.received.clear()
@@ -105,3 +109,16 @@ def test_everything_is_reported_once(bench: Bench) -> None:
     assert bench.worker.take_finished() == (set(), set())
     assert not bench.worker.take_report()
     assert bench.worker.take_invalid_blocks() == set()
+
+
+def test_the_chunks_of_one_plan_are_read_side_by_side(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = bench.capture(capture_job(16))[:2]
+    together = threading.Barrier(2)  # as many as there are threads: one that reads alone waits in vain
+    load = bench.store.load
+
+    def load_together(record: ChunkRecord) -> Tensor:
+        together.wait(timeout=20)
+        return load(record)
+
+    monkeypatch.setattr(bench.store, "load", load_together)
+    assert bench.load(load_job(records)) is None

@@ -55,16 +55,16 @@ def test_no_evidence_turn_can_be_left_out(world: World) -> None:
 def test_corrected_questions_had_another_answer_before(world: World) -> None:
     corrected = [question for question in world.questions if question.ask is Ask.CORRECTED]
     assert len(corrected) > 100
-    turns = world.turns
+    readings_of = {turn.id: list(told_by(turn.user, world.split)) for turn in world.turns.values()}
     for question in corrected:
         (newest,) = question.evidence
         (relation,) = question.relations
         answers = set()
-        for turn in turns.values():
-            for readings in told_by(turn.user, world.split):
-                told = Reader(world.split, {(s, r): v for s, r, v in readings if r == relation})
-                answers.add(told.answer(question.text))
-            if turn.id == newest:
+        for turn_id, readings in readings_of.items():
+            for facts in readings:
+                if told := {(s, r): v for s, r, v in facts if r == relation}:
+                    answers.add(Reader(world.split, told).answer(question.text))
+            if turn_id == newest:
                 break
         assert len(answers - {UNKNOWN, question.answer}) == 1, question
 

@@ -9,15 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
 from kv_agent.chunks import ChunkKey
 from kv_agent.errors import CorruptChunkError
-from kv_agent.storage import codec
+from kv_agent.storage import blob_content
 from kv_agent.storage.blobs import BlobFiles
-from tests.unit.storage.builders import FINGERPRINT, chain, record_of, same_bits
+from kv_agent.storage.codecs import Coded, Payload, data_of
+from tests.unit.storage.builders import FINGERPRINT, chain, kv_for, record_of, same_bits, whole
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.uint8]
 
@@ -31,18 +33,59 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, tor
 def test_encoded_chunks_come_back_bit_for_bit(lengths: list[int], dtype: torch.dtype, seed: int) -> None:
     chunks = chain(*lengths, seed=seed, dtype=dtype)
 
-    data = codec.encode({chunk.key: chunk.kv for chunk in chunks}, FINGERPRINT)
+    data = blob_content.encode({chunk.key: chunk.kv for chunk in chunks}, FINGERPRINT)
 
     for chunk in chunks:
-        tensor = codec.decode(data, chunk.key)
+        tensor = blob_content.decode(data, chunk.key)
         assert same_bits(tensor, chunk.kv)
-        codec.verify(tensor, record_of(chunk))
+        blob_content.verify(tensor, record_of(chunk))
+
+
+def test_safetensors_itself_reads_a_blob_of_mixed_items_each_at_a_multiple_of_its_size(
+    tmp_path: Path,
+) -> None:
+    chunks = {
+        ChunkKey(name): kv_for(ChunkKey(f"{number:08x}"), 3, dtype)
+        for number, (name, dtype) in enumerate(zip("abcd", reversed(DTYPES), strict=False))
+    }
+    odd = Coded(
+        codec="int8", dtype=torch.float16, shape=(1, 2, 3, 1, 1), data=torch.arange(7, dtype=torch.uint8)
+    )
+    payloads: dict[ChunkKey, Payload] = {ChunkKey("0"): odd, **chunks}
+    path = tmp_path / "blob.safetensors"
+    path.write_bytes(data := blob_content.encode(payloads, FINGERPRINT))
+
+    with safe_open(path, "pt") as file:
+        for key, payload in payloads.items():
+            assert same_bits(file.get_tensor(key), data_of(payload))
+    header_end = 8 + blob_content.header_bytes(data[:8], len(data))
+    for key, payload in payloads.items():
+        span = blob_content.find_tensor(data[8:header_end], key, len(data))
+        assert span.start % data_of(payload).itemsize == 0
+
+
+def test_a_blob_gets_its_header_last_and_without_it_is_refused(tmp_path: Path) -> None:
+    first, second = chain(3, 5)
+    draft = blob_content.Draft({chunk.key: chunk.kv for chunk in (first, second)}, FINGERPRINT)
+    *data, header = draft.parts()
+    blobs = BlobFiles(tmp_path)
+
+    blobs.write("torn", data)
+    blobs.write("whole", [*data, header])
+
+    assert header.offset == 0
+    with pytest.raises(CorruptChunkError):
+        blobs.read_chunk(BlobFiles.relpath("torn"), first.key)
+    for chunk in (first, second):
+        found = blobs.read_chunk(BlobFiles.relpath("whole"), chunk.key)
+        assert same_bits(found, chunk.kv)
+        assert draft.checksum(chunk.key) == blob_content.checksum(chunk.kv)
 
 
 def test_safetensors_itself_reads_what_encode_wrote(tmp_path: Path) -> None:
     chunks = chain(5, 3, dtype=torch.bfloat16)
     path = tmp_path / "blob.safetensors"
-    path.write_bytes(codec.encode({chunk.key: chunk.kv for chunk in chunks}, FINGERPRINT))
+    path.write_bytes(blob_content.encode({chunk.key: chunk.kv for chunk in chunks}, FINGERPRINT))
 
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
@@ -50,28 +93,32 @@ def test_safetensors_itself_reads_what_encode_wrote(tmp_path: Path) -> None:
 
     assert tensors.keys() == {chunk.key for chunk in chunks}
     assert all(same_bits(tensors[chunk.key], chunk.kv) for chunk in chunks)
-    assert (metadata["format"], metadata["format_version"]) == ("kv_agent", "1")
+    assert (metadata["format"], metadata["format_version"]) == ("kv_agent", "3")
     assert metadata["fingerprint"] == FINGERPRINT
-    assert json.loads(metadata["sha256"]) == {chunk.key: codec.checksum(chunk.kv) for chunk in chunks}
+    assert json.loads(metadata["checksums"]) == {
+        chunk.key: blob_content.checksum(chunk.kv) for chunk in chunks
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_checksum_is_sha256_of_the_row_major_bytes(dtype: torch.dtype) -> None:
+def test_checksum_is_blake3_of_the_row_major_bytes(dtype: torch.dtype) -> None:
     tensor = torch.arange(2 * 2 * 3 * 2 * 4).to(dtype).view(2, 2, 3, 2, 4)
     moved = tensor.transpose(1, 2)
 
     expected = b"".join(value.view(torch.uint8).numpy().tobytes() for value in moved.reshape(-1, 1))
 
-    assert codec.checksum(moved) == hashlib.sha256(expected).hexdigest()
+    assert blob_content.checksum(moved) == f"blake3:{blake3(expected).hexdigest()}"
+    assert blob_content.is_of(moved, hashlib.sha256(expected).hexdigest())  # of chunks stored long ago
+    assert not blob_content.is_of(moved, hashlib.sha256(expected[1:]).hexdigest())
 
 
 def test_chunks_that_share_memory_can_go_into_one_blob() -> None:
     buffer = torch.arange(2 * 2 * 2 * 4 * 2 * 4, dtype=torch.float32).view(2, 2, 2, 4, 2, 4)
     tensors = {ChunkKey("a"): buffer[0], ChunkKey("b"): buffer[1], ChunkKey("c"): buffer[1]}
 
-    data = codec.encode(tensors, FINGERPRINT)
+    data = blob_content.encode(tensors, FINGERPRINT)
 
-    assert all(same_bits(codec.decode(data, key), tensor) for key, tensor in tensors.items())
+    assert all(same_bits(blob_content.decode(data, key), tensor) for key, tensor in tensors.items())
 
 
 @pytest.mark.parametrize(
@@ -87,32 +134,34 @@ def test_chunks_that_share_memory_can_go_into_one_blob() -> None:
 )
 def test_encode_refuses_what_is_not_a_chunk(tensor: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="chunk k "):
-        codec.encode({ChunkKey("k"): tensor}, FINGERPRINT)
+        blob_content.encode({ChunkKey("k"): tensor}, FINGERPRINT)
 
 
 def test_verify_refuses_other_tokens_bytes_or_checksum() -> None:
     (chunk,) = chain(4)
     record = record_of(chunk)
-    codec.verify(chunk.kv, record)
+    blob_content.verify(chunk.kv, record)
     changed = chunk.kv.clone().view(torch.uint8)
     changed[-1, -1, -1, -1, -1] ^= 1
 
     for tensor, expectation in [
         (chunk.kv, dataclasses.replace(record, token_ids=(1, 2, 3))),
         (chunk.kv, dataclasses.replace(record, num_bytes=record.num_bytes + 1)),
-        (chunk.kv, dataclasses.replace(record, sha256="0" * 64)),
+        (chunk.kv, dataclasses.replace(record, checksum="0" * 64)),
+        (chunk.kv, dataclasses.replace(record, checksum="blake3:" + "0" * 64)),
+        (chunk.kv, dataclasses.replace(record, checksum="")),
         (changed.view(torch.float16), record),
         (chunk.kv[0], record),
     ]:
         with pytest.raises(CorruptChunkError, match=chunk.key):
-            codec.verify(tensor, expectation)
+            blob_content.verify(tensor, expectation)
 
 
-def read_or_none(blobs: BlobFiles, path: Path, data: bytes, record: object) -> torch.Tensor | None:
+def read_or_none(blobs: BlobFiles, path: Path, data: bytes, record: object) -> Payload | None:
     path.write_bytes(data)
     try:
-        tensor = blobs.read_tensor(record.blob, record.tensor)  # type: ignore[attr-defined]
-        codec.verify(tensor, record)  # type: ignore[arg-type]
+        tensor = blobs.read_chunk(record.blob, record.tensor)  # type: ignore[attr-defined]
+        blob_content.verify(tensor, record)  # type: ignore[arg-type]
     except CorruptChunkError:
         return None
     return tensor
@@ -120,9 +169,9 @@ def read_or_none(blobs: BlobFiles, path: Path, data: bytes, record: object) -> t
 
 def test_flipped_bits_and_bytes_anywhere_never_give_another_tensor(tmp_path: Path) -> None:
     chunks = chain(3, 2)
-    data = codec.encode({chunk.key: chunk.kv for chunk in chunks}, FINGERPRINT)
+    data = blob_content.encode({chunk.key: chunk.kv for chunk in chunks}, FINGERPRINT)
     blobs = BlobFiles(tmp_path)
-    relpath = blobs.write("victim", data)
+    relpath = blobs.write("victim", whole(data))
     record = record_of(chunks[0], blob=relpath)
     generator = torch.Generator().manual_seed(7)
     outcomes = {"identical": 0, "refused": 0}
@@ -143,19 +192,19 @@ def test_flipped_bits_and_bytes_anywhere_never_give_another_tensor(tmp_path: Pat
 
 def test_a_dtype_changed_in_the_header_is_noticed_though_the_data_is_intact(tmp_path: Path) -> None:
     (chunk,) = chain(3, dtype=torch.float8_e4m3fn)
-    data = codec.encode({chunk.key: chunk.kv}, FINGERPRINT)
+    data = blob_content.encode({chunk.key: chunk.kv}, FINGERPRINT)
     blobs = BlobFiles(tmp_path)
-    relpath = blobs.write("victim", data.replace(b'"dtype":"F8_E4M3"', b'"dtype":"F8_E5M2"'))
+    relpath = blobs.write("victim", whole(data.replace(b'"dtype":"F8_E4M3"', b'"dtype":"F8_E5M2"')))
 
     with pytest.raises(CorruptChunkError, match="contradicts"):
-        blobs.read_tensor(relpath, chunk.key)
+        blobs.read_chunk(relpath, chunk.key)
 
 
 def test_a_file_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
     (chunk,) = chain(3)
-    data = codec.encode({chunk.key: chunk.kv}, FINGERPRINT)
+    data = blob_content.encode({chunk.key: chunk.kv}, FINGERPRINT)
     blobs = BlobFiles(tmp_path)
-    relpath = blobs.write("victim", data)
+    relpath = blobs.write("victim", whole(data))
 
     for length in range(len(data)):
         assert read_or_none(blobs, tmp_path / relpath, data[:length], record_of(chunk, blob=relpath)) is None
@@ -173,7 +222,7 @@ JSON = st.recursive(
 @given(header=st.binary(max_size=60) | JSON.map(lambda value: json.dumps(value).encode()))
 def test_any_header_is_refused_with_a_corrupt_chunk_error(header: bytes) -> None:
     with pytest.raises(CorruptChunkError):
-        codec.find_tensor(header, "k", 1 << 20)
+        blob_content.find_tensor(header, "k", 1 << 20)
 
 
 @pytest.mark.parametrize(
@@ -187,33 +236,33 @@ def test_any_header_is_refused_with_a_corrupt_chunk_error(header: bytes) -> None
 )  # fmt: skip
 def test_header_fields_of_any_kind_are_refused(part: str, value: object) -> None:
     (chunk,) = chain(3)
-    data = codec.encode({chunk.key: chunk.kv}, FINGERPRINT)
-    header = json.loads(data[8 : 8 + codec.header_bytes(data[:8], len(data))])
+    data = blob_content.encode({chunk.key: chunk.kv}, FINGERPRINT)
+    header = json.loads(data[8 : 8 + blob_content.header_bytes(data[:8], len(data))])
     header[chunk.key][part] = value
     field = header[chunk.key]
     header["__metadata__"]["layout"] = json.dumps({chunk.key: [field["dtype"], field["shape"]]})
 
     with pytest.raises(CorruptChunkError):
-        codec.find_tensor(json.dumps(header).encode(), chunk.key, len(data))
+        blob_content.find_tensor(json.dumps(header).encode(), chunk.key, len(data))
 
 
 def test_an_empty_tensor_with_a_size_torch_cannot_hold_is_refused() -> None:
     (chunk,) = chain(3)
-    data = codec.encode({chunk.key: chunk.kv}, FINGERPRINT)
-    header = json.loads(data[8 : 8 + codec.header_bytes(data[:8], len(data))])
+    data = blob_content.encode({chunk.key: chunk.kv}, FINGERPRINT)
+    header = json.loads(data[8 : 8 + blob_content.header_bytes(data[:8], len(data))])
     header[chunk.key] |= {"shape": [2**70, 2, 0, 2, 4], "data_offsets": [0, 0]}
     header["__metadata__"]["layout"] = json.dumps({chunk.key: ["F16", [2**70, 2, 0, 2, 4]]})
 
     with pytest.raises(CorruptChunkError, match="contradicts"):
-        codec.find_tensor(json.dumps(header).encode(), chunk.key, len(data))
+        blob_content.find_tensor(json.dumps(header).encode(), chunk.key, len(data))
 
 
-@pytest.mark.parametrize(("key", "value"), [("format", "pt"), ("format_version", "2")])
+@pytest.mark.parametrize(("key", "value"), [("format", "pt"), ("format_version", "4")])
 def test_a_foreign_format_or_version_is_refused_by_name(key: str, value: str) -> None:
     (chunk,) = chain(3)
-    data = codec.encode({chunk.key: chunk.kv}, FINGERPRINT)
-    header = json.loads(data[8 : 8 + codec.header_bytes(data[:8], len(data))])
+    data = blob_content.encode({chunk.key: chunk.kv}, FINGERPRINT)
+    header = json.loads(data[8 : 8 + blob_content.header_bytes(data[:8], len(data))])
     header["__metadata__"][key] = value
 
     with pytest.raises(CorruptChunkError, match=f"'{value}'"):
-        codec.find_tensor(json.dumps(header).encode(), chunk.key, len(data))
+        blob_content.find_tensor(json.dumps(header).encode(), chunk.key, len(data))

@@ -1,0 +1,1 @@
+"""Memory on a server, over HTTP: `AgentMemory(base_url=...)` and `AsyncAgentMemory`."""

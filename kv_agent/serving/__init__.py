@@ -1,0 +1,1 @@
+"""Memory over HTTP, as routes on vLLM's own API server. Nothing here imports vLLM."""

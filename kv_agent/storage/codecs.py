@@ -1,0 +1,139 @@
+"""How a chunk's KV is written: as it is, or in fewer bits, and compressed on top if that is wanted.
+
+Keys are quantised before rotation and per channel, because a channel then keeps its range along the text;
+values per token. What is not ``raw`` becomes one run of bytes: keys, then values, each as
+:func:`kv_agent.kv.quantize.quantise` writes them.
+"""
+
+# L layers, 2 = (key, value), T tokens, H kv heads, D head dim
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from kv_agent.chunks import RAW, CodecName
+from kv_agent.errors import CorruptChunkError, StorageError
+from kv_agent.kv.quantize import Layout, dequantise, quantise
+from kv_agent.kv.rope import RotaryScheme, place_keys, unrotate_keys
+from kv_agent.storage.compression import compress, decompress
+
+CODECS: tuple[CodecName, ...] = get_args(CodecName)
+
+_BITS = {"int8": 8, "int4": 4}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Coded:
+    """KV ``[L, 2, T, H, D]`` of ``dtype``, written by ``codec`` as the bytes ``data``: uint8 on the CPU."""
+
+    codec: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    data: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+
+Payload = Tensor | Coded  # a tensor is KV as it is: the codec "raw"
+
+
+def codec_of(payload: Payload) -> str:
+    return payload.codec if isinstance(payload, Coded) else RAW
+
+
+def data_of(payload: Payload) -> Tensor:
+    """What is stored, and what a checksum covers."""
+    return payload.data if isinstance(payload, Coded) else payload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Codec:
+    """Writes chunks as ``name`` says and reads all codecs.
+
+    Without a ``scheme`` the model's keys cannot be un-rotated, so nothing is quantised.
+    """
+
+    name: CodecName = RAW
+    scheme: RotaryScheme | None = None
+
+    def encode(self, kv_L2THD: Tensor, start: int) -> Payload:
+        """KV that was computed at positions from ``start`` on -> what is stored of it.
+
+        What cannot be quantised (numbers beyond float16's range) is stored as it is.
+        """
+        base, _, packing = self.name.partition("+")
+        data_N: Tensor | None = None
+        if base in _BITS and self.scheme is not None and kv_L2THD.dtype.itemsize > 1:
+            data_N = _quantised(kv_L2THD, start, self.scheme, _BITS[base])
+        if data_N is None:
+            base, data_N = RAW, kv_L2THD
+        if base == RAW and not packing:
+            return kv_L2THD
+        if packing:
+            item_bytes = kv_L2THD.element_size() if base == RAW else 1
+            data_N = compress(data_N.contiguous().flatten().view(torch.uint8), item_bytes)
+        name = f"{base}+{packing}" if packing else base
+        return Coded(codec=name, dtype=kv_L2THD.dtype, shape=tuple(kv_L2THD.shape), data=data_N)
+
+    def decode(self, payload: Payload, start: int) -> Tensor:
+        """KV ``[L, 2, T, H, D]`` at positions from ``start`` on; raises :class:`CorruptChunkError`."""
+        if isinstance(payload, Tensor):
+            return payload
+        base, _, packing = payload.codec.partition("+")
+        data = payload.data
+        num_bytes = coded_bytes(base, payload.shape, payload.dtype)
+        if packing:
+            data = decompress(data, payload.dtype.itemsize if base == RAW else 1, num_bytes)
+        if data.numel() != num_bytes:
+            raise CorruptChunkError(
+                f"{data.numel()} bytes of {payload.codec} do not hold {list(payload.shape)}"
+            )
+        if base == RAW:
+            return data.view(payload.dtype).view(payload.shape)
+        if self.scheme is None:
+            raise StorageError(
+                f"a chunk stored as {payload.codec} needs the model's rotary embedding, which is not known"
+            )
+        return _dequantised(data, payload, start, self.scheme, _BITS[base])
+
+
+PLAIN = Codec()
+
+
+def coded_bytes(base: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Bytes of KV of that shape before compression."""
+    if base == RAW:
+        return math.prod(shape) * dtype.itemsize
+    return sum(Layout(part, _BITS[base]).num_bytes for part in _parts(shape))
+
+
+def _parts(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Keys channel by channel, values token by token: the last dimension is what groups are made of."""
+    L, _, T, H, D = shape
+    return (L, H, D, T), (L, T, H * D)
+
+
+def _quantised(kv_L2THD: Tensor, start: int, scheme: RotaryScheme, bits: int) -> Tensor | None:
+    keys_LHDT = unrotate_keys(kv_L2THD[:, 0], start, scheme).permute(0, 2, 3, 1)
+    values_LTV = kv_L2THD[:, 1].float().flatten(-2)
+    try:
+        return torch.cat([quantise(keys_LHDT, bits), quantise(values_LTV, bits)])
+    except OverflowError:
+        return None
+
+
+def _dequantised(data: Tensor, payload: Coded, start: int, scheme: RotaryScheme, bits: int) -> Tensor:
+    keys, values = _parts(payload.shape)
+    key_bytes = Layout(keys, bits).num_bytes
+    keys_LTHD = dequantise(data[:key_bytes], keys, bits).permute(0, 3, 1, 2)
+    kv_L2THD = torch.empty(payload.shape, dtype=payload.dtype)
+    kv_L2THD[:, 0] = place_keys(keys_LTHD, start, scheme)
+    kv_L2THD[:, 1] = dequantise(data[key_bytes:], values, bits).view_as(kv_L2THD[:, 1])
+    return kv_L2THD

@@ -1,0 +1,228 @@
+"""Where chunks are had from, fastest first: ``device``, ``host``, ``warm`` and ``disk``.
+
+The disk has every chunk; the tiers in memory hold copies of some, each of its own number of bytes at most.
+What is pushed out of one is therefore never lost.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from kv_agent.chunks import ChunkKey, ChunkRecord
+from kv_agent.storage.codecs import Codec, Payload
+from kv_agent.storage.policy import Policy, Usage
+from kv_agent.storage.ranking import Ranking
+
+_LOSSLESS = Codec(name="raw+zstd")
+
+
+class Tier(Protocol):
+    """One place that chunks are had from. Thread-safe."""
+
+    @property
+    def name(self) -> str: ...
+
+    def get(self, record: ChunkRecord) -> Tensor | None:
+        """The chunk as it was stored, never to be modified, or ``None`` if it is not here."""
+
+    def counts(self) -> dict[str, int]:
+        """``bytes`` and ``chunks`` that are here, the ``limit`` in bytes, ``hits`` so far and, in memory,
+        ``promotions`` into this tier and ``demotions`` out of it.
+        """
+
+
+class DiskTier:
+    """The blobs: ``read`` gives a chunk or raises, ``counts`` tells what is on disk."""
+
+    name = "disk"
+
+    def __init__(
+        self, read: Callable[[ChunkRecord], Tensor], counts: Callable[[], Mapping[str, int]]
+    ) -> None:
+        self._read = read
+        self._counts = counts
+        self._hits = 0
+        self._lock = threading.Lock()
+
+    def get(self, record: ChunkRecord) -> Tensor:
+        """See :meth:`kv_agent.storage.store.LocalStore.load` for what it raises."""
+        kv_L2THD = self._read(record)
+        with self._lock:
+            self._hits += 1
+        return kv_L2THD
+
+    def counts(self) -> dict[str, int]:
+        return {**self._counts(), "hits": self._hits}
+
+
+class Form(Protocol):
+    """How a tier in memory holds KV."""
+
+    shrinks: ClassVar[bool]  # so that only trying tells how many bytes it takes
+
+    def hold(self, kv_L2THD: Tensor) -> Payload:
+        """The KV in memory that nothing larger shares."""
+
+    def give(self, payload: Payload) -> Tensor:
+        """What was held, bit for bit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnDevice:
+    """In the memory of a GPU. Not run on a GPU yet."""
+
+    shrinks: ClassVar[bool] = False
+    device: torch.device
+
+    def hold(self, kv_L2THD: Tensor) -> Tensor:
+        held = torch.empty(kv_L2THD.shape, dtype=kv_L2THD.dtype, device=self.device)
+        held.copy_(kv_L2THD, non_blocking=True)
+        torch.cuda.current_stream(self.device).synchronize()  # others use it on streams of their own
+        return held
+
+    def give(self, payload: Payload) -> Tensor:
+        assert isinstance(payload, Tensor)
+        return payload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnHost:
+    """In host memory as it is; ``pinned``, so that a GPU reads it without a detour, not run on a GPU yet."""
+
+    shrinks: ClassVar[bool] = False
+    pinned: bool
+
+    def hold(self, kv_L2THD: Tensor) -> Tensor:
+        is_alone = kv_L2THD.untyped_storage().nbytes() == kv_L2THD.nbytes  # no view of a large buffer
+        if kv_L2THD.device.type == "cpu" and is_alone and (not self.pinned or kv_L2THD.is_pinned()):
+            return kv_L2THD
+        held = torch.empty(kv_L2THD.shape, dtype=kv_L2THD.dtype, pin_memory=self.pinned)
+        held.copy_(kv_L2THD, non_blocking=True)
+        if kv_L2THD.is_cuda:
+            torch.cuda.current_stream(kv_L2THD.device).synchronize()  # it is read as soon as it is held
+        return held
+
+    def give(self, payload: Payload) -> Tensor:
+        assert isinstance(payload, Tensor)
+        return payload
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compressed:
+    """In host memory, without loss in fewer bytes."""
+
+    shrinks: ClassVar[bool] = True
+
+    def hold(self, kv_L2THD: Tensor) -> Payload:
+        return _LOSSLESS.encode(kv_L2THD.cpu(), start=0)
+
+    def give(self, payload: Payload) -> Tensor:
+        return _LOSSLESS.decode(payload, start=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Held:
+    """A chunk in a tier; ``checksum`` tells its bytes from others that are stored under its key."""
+
+    key: ChunkKey
+    checksum: str
+    payload: Payload
+    usage: Usage
+
+
+class MemoryTier:
+    """Copies of chunks in one form and ``limit_bytes`` at most; beyond, those of the lowest rank go.
+
+    Thread-safe. A chunk of the same rank as another goes if it was put or got before that.
+    """
+
+    def __init__(
+        self, name: str, limit_bytes: int, form: Form, policy: Policy, clock: Callable[[], float]
+    ) -> None:
+        if limit_bytes < 0:
+            raise ValueError(f"limit_bytes of tier {name} must be >= 0, got {limit_bytes}")
+        self.name = name
+        self.limit_bytes = limit_bytes
+        self._form = form
+        self._policy = policy
+        self._clock = clock
+        self._used_bytes = 0
+        self._held: dict[ChunkKey, Held] = {}
+        self._ranking = Ranking()
+        self._hits = self._promotions = self._demotions = 0
+        self._lock = threading.Lock()
+
+    def get(self, record: ChunkRecord) -> Tensor | None:
+        with self._lock:
+            held = self._held.get(record.key)
+            if held is None or held.checksum != record.checksum:
+                return None
+            usage = replace(held.usage, last_used=self._clock(), num_hits=held.usage.num_hits + 1)
+            self._held[record.key] = replace(held, usage=usage)
+            self._ranking.put(record.key, self._policy.rank(usage))
+            self._hits += 1
+        return self._form.give(held.payload)
+
+    def hold(self, kv_L2THD: Tensor) -> Payload | None:
+        """The KV in this tier's form, not yet in it; ``None`` if there is no room, whatever goes."""
+        if kv_L2THD.nbytes > self.limit_bytes and not self._form.shrinks:
+            return None
+        try:
+            payload = self._form.hold(kv_L2THD)
+        except torch.OutOfMemoryError:  # the engine needs the GPU's memory more
+            return None
+        return payload if payload.nbytes <= self.limit_bytes else None
+
+    def give(self, held: Held) -> Tensor:
+        """The KV of a chunk that was in this tier."""
+        return self._form.give(held.payload)
+
+    def put(self, held: Held, *, is_promotion: bool = False) -> list[Held]:
+        """Keep what :meth:`hold` made, in place of an older copy -> what had to go, perhaps itself."""
+        gone: list[Held] = []
+        with self._lock:
+            self._take(held.key)
+            self._held[held.key] = held
+            self._used_bytes += held.payload.nbytes
+            self._ranking.put(held.key, self._policy.rank(held.usage))
+            self._promotions += is_promotion
+            while self._used_bytes > self.limit_bytes:
+                lowest = self._take(self._ranking.lowest())
+                assert lowest is not None
+                gone.append(lowest)
+            self._demotions += len(gone)
+        return gone
+
+    def take(self, key: ChunkKey) -> Held | None:
+        """Remove a chunk and return it, if it is here."""
+        with self._lock:
+            return self._take(key)
+
+    def chunk_keys(self) -> set[ChunkKey]:
+        """All chunks that are here."""
+        with self._lock:
+            return set(self._held)
+
+    def counts(self) -> dict[str, int]:
+        with self._lock:
+            return {
+                "bytes": self._used_bytes,
+                "chunks": len(self._held),
+                "limit": self.limit_bytes,
+                "hits": self._hits,
+                "promotions": self._promotions,
+                "demotions": self._demotions,
+            }
+
+    def _take(self, key: ChunkKey) -> Held | None:
+        held = self._held.pop(key, None)
+        if held is not None:
+            self._ranking.remove(key)
+            self._used_bytes -= held.payload.nbytes
+        return held

@@ -1,0 +1,81 @@
+"""KV of neighbouring chunks side by side, so that the attention backend's writer is called once for many.
+
+A backend takes as long to be called as to write some thirty tokens, and it is called for every layer. The
+buffer stays, too: memory that is new costs more than what is done with it here.
+"""
+
+# L layers, 2 = (key, value), T tokens, H kv heads, D head dim
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kv_agent.errors import UnsupportedModelError
+from kv_agent.kv.rope import RotaryScheme, copy_rotated_into
+from kv_agent.vllm_plugin.paged_cache import PagedCache
+
+STAGING_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Piece:
+    """KV to be written from position ``start`` on, ``delta`` higher than where it was computed."""
+
+    kv_L2THD: Tensor
+    start: int
+    delta: int
+
+
+class Staging:
+    """Rotates pieces into one buffer and writes that to the cache. Not thread-safe."""
+
+    def __init__(
+        self, cache: PagedCache, scheme: RotaryScheme | None, limit_bytes: int = STAGING_BYTES
+    ) -> None:
+        self._cache = cache
+        self._scheme = scheme
+        self._capacity = max(1, limit_bytes // cache.token_bytes)  # tokens
+        self._buffer_L2THD: Tensor | None = None
+        self._start = self._filled = 0
+
+    def write(self, pieces: Iterable[Piece], block_ids: Sequence[int]) -> None:
+        """Put all of them into the cache; they may be modified afterwards."""
+        self._filled = 0
+        for piece in pieces:
+            done, num_tokens = 0, piece.kv_L2THD.shape[2]
+            while done < num_tokens:
+                position = piece.start + done
+                if self._filled == self._capacity or position != self._start + self._filled:
+                    self._flush(block_ids)
+                    self._start = position
+                count = min(num_tokens - done, self._capacity - self._filled)
+                self._add(piece.kv_L2THD[:, :, done : done + count], piece.delta)
+                done += count
+        self._flush(block_ids)
+
+    def _add(self, kv_L2THD: Tensor, delta: int) -> None:
+        kv_L2THD = kv_L2THD.to(self._cache.device, non_blocking=True)
+        out_L2THD = self._buffer(kv_L2THD)[:, :, self._filled : self._filled + kv_L2THD.shape[2]]
+        out_L2THD[:, 1] = kv_L2THD[:, 1]
+        if delta == 0:
+            out_L2THD[:, 0] = kv_L2THD[:, 0]
+        elif self._scheme is None:
+            raise UnsupportedModelError("keys cannot be moved, yet a chunk was to be")
+        else:
+            copy_rotated_into(out_L2THD[:, 0], kv_L2THD[:, 0], delta, self._scheme)
+        self._filled += kv_L2THD.shape[2]
+
+    def _flush(self, block_ids: Sequence[int]) -> None:
+        if self._filled and self._buffer_L2THD is not None:
+            self._cache.write(self._buffer_L2THD[:, :, : self._filled], block_ids, self._start)
+        self._filled = 0
+
+    def _buffer(self, kv_L2THD: Tensor) -> Tensor:
+        if self._buffer_L2THD is None:
+            L, two, _, H, D = kv_L2THD.shape
+            shape = (L, two, self._capacity, H, D)
+            self._buffer_L2THD = torch.empty(shape, dtype=kv_L2THD.dtype, device=kv_L2THD.device)
+        return self._buffer_L2THD

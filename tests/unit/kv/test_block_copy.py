@@ -1,0 +1,140 @@
+"""KV goes into and out of blocks as an attention backend's own writer would have it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kv_agent.kv.block_copy import BlockCopier, Strided
+from kv_agent.vllm_plugin.paged_cache import PagedCache
+from tests.unit.vllm_plugin.backends import PACKED, STRIDED, Backend, Sizes, token_rows_nhd
+
+L, B, P = 3, 9, 4
+WIDE, NARROW = Sizes(B=B, P=P, H=2, D=8), Sizes(B=B, P=P, H=1, D=5)
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+Build = Callable[[Sizes, torch.dtype], Backend]
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.uint8)
+
+
+def random_kv(num_tokens: int, sizes: Sizes, dtype: torch.dtype, seed: int) -> Tensor:
+    """NaNs of every kind included, and one token more than is used: layers have gaps between them."""
+    shape = (L, 2, num_tokens + 1, sizes.H, sizes.D * torch.empty((), dtype=dtype).element_size())
+    random_bits = torch.randint(
+        0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
+    return random_bits.view(dtype)[:, :, 1:]
+
+
+def opened(build: Build, sizes: Sizes, dtype: torch.dtype) -> tuple[list[Backend], PagedCache]:
+    backends = [build(sizes, dtype) for _ in range(L)]
+    return backends, PagedCache([backend.layer() for backend in backends], sizes.P)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    build=st.sampled_from(STRIDED),
+    sizes=st.sampled_from([WIDE, NARROW]),
+    dtype=st.sampled_from(DTYPES),
+    blocks=st.permutations(range(1, B)),
+    start=st.integers(0, 30),
+    num_tokens=st.integers(1, 32),
+    seed=st.integers(0, 1000),
+)
+def test_it_writes_what_the_backend_writes_and_reads_what_is_there(
+    build: Build, sizes: Sizes, dtype: torch.dtype, blocks: list[int], start: int, num_tokens: int, seed: int
+) -> None:
+    num_tokens = min(num_tokens, 32 - start)
+    ours, cache = opened(build, sizes, dtype)
+    theirs, reference = opened(build, sizes, dtype)
+    kv_L2THD = random_kv(num_tokens, sizes, dtype, seed)
+    copier = cache.copier
+    assert copier is not None
+
+    copier.scatter(kv_L2THD[:, 0], kv_L2THD[:, 1], blocks, start)
+    reference.write(kv_L2THD, blocks, start)
+
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(bits(one.memory), bits(other.memory))
+    read_L2THD = torch.empty_like(kv_L2THD)
+    copier.gather(read_L2THD[:, 0], read_L2THD[:, 1], blocks, start)
+    assert torch.equal(bits(read_L2THD), bits(kv_L2THD))
+    assert torch.equal(bits(cache.read(blocks, start, start + num_tokens)), bits(kv_L2THD))
+
+
+def test_threads_write_parts_of_one_block_side_by_side() -> None:
+    _, cache = opened(token_rows_nhd, WIDE, torch.bfloat16)
+    copier = cache.copier
+    assert copier is not None
+    blocks = list(range(B))
+    kv_L2THD = random_kv(B * P, WIDE, torch.bfloat16, seed=0)
+
+    def write(position: int) -> None:
+        part_L2THD = kv_L2THD[:, :, position : position + 1]
+        copier.scatter(part_L2THD[:, 0], part_L2THD[:, 1], blocks, position)
+
+    for _ in range(20):
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(write, range(B * P)))
+        assert torch.equal(bits(cache.read(blocks, 0, B * P)), bits(kv_L2THD))
+
+
+@pytest.mark.parametrize("build", PACKED, ids=lambda build: build.__name__)
+def test_there_is_none_for_packed_layouts(build: Build) -> None:
+    assert opened(build, WIDE, torch.bfloat16)[1].copier is None
+
+
+def test_there_is_none_where_layers_differ() -> None:
+    backends = [build(WIDE, torch.bfloat16) for build in STRIDED[:2]]
+    assert PagedCache([backend.layer() for backend in backends], P).copier is None
+
+
+def test_there_is_none_where_it_would_not_do_as_the_backend_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(self: BlockCopier, key_LTHD: Tensor, *rest: object) -> None:
+        scatter(self, key_LTHD + 1, *rest)
+
+    scatter = BlockCopier.scatter
+    monkeypatch.setattr(BlockCopier, "scatter", wrong)
+    backends, cache = opened(token_rows_nhd, WIDE, torch.float32)
+
+    assert cache.copier is None
+    before = [backend.memory.clone() for backend in backends]
+    kv_L2THD = random_kv(3, WIDE, torch.float32, seed=1)
+    cache.write(kv_L2THD, [4], 1)
+    assert torch.equal(bits(cache.read([4], 1, 4)), bits(kv_L2THD))
+    assert not torch.equal(bits(backends[0].memory), bits(before[0]))
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "blocks", "start"), [(5, [1], 0), (4, [1], 1), (1, [1], -1), (1, [B], 0), (1, [-1], 0)]
+)
+def test_what_does_not_fit_the_blocks_is_refused(num_tokens: int, blocks: list[int], start: int) -> None:
+    backends, cache = opened(token_rows_nhd, WIDE, torch.bfloat16)
+    before = backends[0].memory.clone()
+    kv_L2THD = random_kv(num_tokens, WIDE, torch.bfloat16, seed=2)
+    assert cache.copier is not None
+
+    with pytest.raises(ValueError, match="block"):
+        cache.copier.scatter(kv_L2THD[:, 0], kv_L2THD[:, 1], blocks, start)
+
+    assert torch.equal(bits(backends[0].memory), bits(before))
+
+
+def test_kv_of_another_shape_or_order_is_refused() -> None:
+    caches = [torch.zeros(B, P, 2, 8) for _ in range(L)]
+    rows = Strided(first=0, token=16, head=8, dim=1)
+    copier = BlockCopier(caches_L=caches, block_items=64, shape_PHD=(P, 2, 8), key=rows, value=rows)
+    for key_LTHD in (torch.zeros(L, 3, 2, 9), torch.zeros(L + 1, 3, 2, 8), torch.zeros(L, 3, 8, 2)):
+        with pytest.raises(ValueError, match="does not fit"):
+            copier.scatter(key_LTHD, key_LTHD, [1], 0)
+    with pytest.raises(ValueError, match="contiguous"):
+        copier.scatter(torch.zeros(L, 2, 3, 8).transpose(1, 2), torch.zeros(L, 3, 2, 8), [1], 0)

@@ -1,0 +1,101 @@
+"""How much memory there is, on made-up machines, and what chunks get of it."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import pytest
+
+from kv_agent.machine import MemoryBudgets, available_bytes, memory_budgets
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("available", "host", "warm", "expected"),
+    [
+        (8 * GIB, None, None, (2 * GIB, GIB)),
+        (1000 * GIB, None, None, (4 * GIB, 2 * GIB)),
+        (16 * GIB, None, None, (4 * GIB, 2 * GIB)),
+        (16 * GIB - 4, None, None, (4 * GIB - 1, 2 * GIB - 1)),
+        (0, None, None, (0, 0)),
+        (-5, None, None, (0, 0)),
+        (8 * GIB, 0, None, (0, 0)),
+        (8 * GIB, None, 0, (2 * GIB, 0)),
+        (8 * GIB, 0, 77, (0, 77)),
+        (8 * GIB, 100 * GIB, None, (100 * GIB, 50 * GIB)),
+        (0, 10, 20, (10, 20)),
+    ],
+)
+def test_budgets(available: int, host: int | None, warm: int | None, expected: tuple[int, int]) -> None:
+    host_bytes, warm_bytes = expected
+    assert memory_budgets(available, host, warm) == MemoryBudgets(
+        host_bytes=host_bytes, warm_bytes=warm_bytes
+    )
+
+
+def machine(root: Path, files: dict[str, str]) -> Path:
+    everywhere = {"proc/meminfo": "MemTotal: 64000 kB\nMemFree: 10 kB\nMemAvailable:   50000 kB\n"}
+    for name, text in (everywhere | files).items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def test_without_cgroups_all_that_is_available_counts(tmp_path: Path) -> None:
+    assert available_bytes(machine(tmp_path, {})) == 50_000 * 1024
+
+
+@pytest.mark.parametrize("folder", ["sys/fs/cgroup/", "sys/fs/cgroup/a/", "sys/fs/cgroup/a/b/"])
+def test_the_limit_of_a_cgroup_or_of_one_above_it_counts(tmp_path: Path, folder: str) -> None:
+    files = {
+        "proc/self/cgroup": "0::/a/b\n",
+        "sys/fs/cgroup/a/b/memory.max": "max\n",
+        "sys/fs/cgroup/a/b/memory.current": "123\n",
+        f"{folder}memory.max": "9000\n",
+        f"{folder}memory.current": "5000\n",
+        f"{folder}memory.stat": "anon 1\nfile 900\ninactive_file 700\ntotal_inactive_file 9\n",
+    }
+    assert available_bytes(machine(tmp_path, files)) == 9000 - 5000 + 700
+
+
+def test_the_smallest_of_several_limits_counts(tmp_path: Path) -> None:
+    files = {
+        "proc/self/cgroup": "0::/a\n",
+        "sys/fs/cgroup/a/memory.max": "9000",
+        "sys/fs/cgroup/a/memory.current": "1000",
+        "sys/fs/cgroup/memory.max": "7000",
+        "sys/fs/cgroup/memory.current": "2500",
+    }
+    assert available_bytes(machine(tmp_path, files)) == 4500
+
+
+def test_version_1_of_cgroups_counts_too(tmp_path: Path) -> None:
+    files = {
+        "proc/self/cgroup": "5:cpu,cpuacct:/x\n4:hugetlb,memory:/not/here\n1:name=systemd:/x\n",
+        "sys/fs/cgroup/memory/memory.limit_in_bytes": "6000",
+        "sys/fs/cgroup/memory/memory.usage_in_bytes": "2000",
+        "sys/fs/cgroup/memory/memory.stat": "inactive_file 5\ntotal_inactive_file 300\n",
+        "sys/fs/cgroup/x/memory.max": "1",
+        "sys/fs/cgroup/x/memory.current": "0",
+    }
+    assert available_bytes(machine(tmp_path, files)) == 4300
+
+
+def test_a_cgroup_beyond_its_limit_leaves_nothing(tmp_path: Path) -> None:
+    files = {
+        "proc/self/cgroup": "0::/\n",
+        "sys/fs/cgroup/memory.max": "100",
+        "sys/fs/cgroup/memory.current": "900",
+    }
+    assert available_bytes(machine(tmp_path, files)) == 0
+
+
+def test_this_machine_has_some_memory_and_not_more_than_all(tmp_path: Path) -> None:
+    page_bytes = resource.getpagesize()
+    all_pages = int(Path("/proc/meminfo").read_text().split()[1]) * 1024 // page_bytes
+
+    assert page_bytes <= available_bytes() <= all_pages * page_bytes
+    assert page_bytes <= available_bytes(tmp_path)  # nothing to read there

@@ -1,0 +1,193 @@
+"""What a plan and a capture cost in things that can be counted. A change of these numbers is to be meant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from kv_agent.chunks import ChunkRecord
+from kv_agent.storage.catalog import Catalog
+from kv_agent.vllm_plugin import direct
+from kv_agent.vllm_plugin.jobs import LoadJob
+from kv_agent.vllm_plugin.plan import PlacedChunk
+from kv_agent.vllm_plugin.resolver import Resolver
+from tests.unit.counted import Bytes, Statements, count_bytes, trace_statements
+from tests.unit.storage.builders import turn_of
+from tests.unit.vllm_plugin.bench import CHUNK, Bench, DenseCopier, capture_job, load_job
+from tests.unit.vllm_plugin.builders import (
+    FINGERPRINT,
+    LIMITS,
+    SCOPE,
+    FakeCatalog,
+    chain,
+    plan_options,
+    record,
+    tokens_of,
+)
+from tests.unit.vllm_plugin.scheduling import Desk, request, row
+
+FRESH = (90, 91, 92)
+CHUNKS = 4  # of a plan, of a captured turn
+
+
+@pytest.fixture
+def statements(monkeypatch: pytest.MonkeyPatch) -> Statements:
+    return trace_statements(monkeypatch)
+
+
+@pytest.fixture
+def stored(statements: Statements, tmp_path: Path) -> Iterator[tuple[Catalog, list[ChunkRecord]]]:
+    """A catalog with a sequence of chunks, each a turn, and one from elsewhere."""
+    catalog = Catalog(tmp_path / "catalog.sqlite3")
+    records = [*chain(*(range(6 * i, 6 * i + 6) for i in range(CHUNKS))), record(range(50, 56), start=70)]
+    for number, one in enumerate(records):
+        catalog.add_turn(turn_of([one], f"turn-{number}", SCOPE), [], [one], {})
+    yield catalog, records
+    catalog.close()
+
+
+def resolved(
+    catalog: Catalog,
+    statements: Statements,
+    records: list[ChunkRecord],
+    *,
+    with_plan: bool,
+    find_stored: bool,
+) -> dict[str, int]:
+    """What the look-up for a prompt of these chunks runs, on a connection that is there already."""
+    prompt = (*tokens_of(records), *FRESH)
+    starts = [(one, 6 * number) for number, one in enumerate(records)]
+    options = plan_options(*starts, fresh_start=6 * len(records)) if with_plan else None
+    resolver = Resolver(catalog, FINGERPRINT)
+    resolver.limits = LIMITS
+    resolver.submit((1, 2), SCOPE, None, find_stored=True).result()
+    with statements.of() as ran:
+        found = resolver.submit(prompt, SCOPE, options, find_stored=find_stored).result()
+    resolver.close()
+    assert len(found.plan.placed) == len(starts) * with_plan
+    return ran
+
+
+def test_a_plan_is_one_statement_whatever_its_chunks(
+    stored: tuple[Catalog, list[ChunkRecord]], statements: Statements
+) -> None:
+    catalog, records = stored
+    assert resolved(catalog, statements, records[:1], with_plan=True, find_stored=False) == {"SELECT": 1}
+    assert resolved(catalog, statements, records, with_plan=True, find_stored=False) == {"SELECT": 1}
+
+
+def test_a_request_that_is_captured_asks_twice_for_every_stored_chunk_it_begins_with(
+    stored: tuple[Catalog, list[ChunkRecord]], statements: Statements
+) -> None:
+    catalog, records = stored
+    sequence = records[:CHUNKS]
+    # Which lengths go on from here, and whether one of them does; behind the last there are none.
+    walked = 2 * CHUNKS
+    behind = 1
+    without_plan = resolved(catalog, statements, sequence, with_plan=False, find_stored=True)
+    assert without_plan == {"WITH": CHUNKS + behind, "SELECT": walked // 2}
+    # With a plan: its chunks, and what goes on behind it.
+    with_plan = resolved(catalog, statements, records, with_plan=True, find_stored=True)
+    assert with_plan == {"WITH": CHUNKS + behind + 1, "SELECT": walked // 2 + 1}
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bytes:
+    counted = count_bytes(monkeypatch, tmp_path)
+    scatter, rotate = DenseCopier.scatter, direct.copy_rotated_into
+
+    def counted_scatter(self: DenseCopier, key_LTHD: Tensor, value_LTHD: Tensor, *rest: Any) -> None:
+        counted.note("scatter", key_LTHD.nbytes + value_LTHD.nbytes)
+        scatter(self, key_LTHD, value_LTHD, *rest)
+
+    def counted_rotate(out: Tensor, keys: Tensor, *rest: Any) -> None:
+        counted.note("rotate", keys.nbytes)
+        rotate(out, keys, *rest)
+
+    monkeypatch.setattr(DenseCopier, "scatter", counted_scatter)
+    monkeypatch.setattr(direct, "copy_rotated_into", counted_rotate)
+    return counted
+
+
+@pytest.fixture
+def bench(counted: Bytes, tmp_path: Path) -> Iterator[Bench]:
+    bench = Bench(tmp_path / "store", direct=True, host_bytes=1 << 20)
+    yield bench
+    bench.close()
+
+
+def loaded(bench: Bench, counted: Bytes, job: LoadJob) -> dict[str, list[int]]:
+    """Passes of this load by what was done, without reading blobs' headers."""
+    moved = bench.worker.counters().get("moved_bytes|load", 0)
+    counted.forget()
+    bench.received.clear()
+    assert bench.load(job) is None
+    num_bytes = sum(load.record.num_bytes for load in job.chunks)
+    assert bench.worker.counters()["moved_bytes|load"] - moved == num_bytes
+    return {what: counted.of(what) for what in ("read", "hash", "rotate", "scatter")}
+
+
+def test_a_chunk_is_gone_through_three_times_from_disk_and_once_from_memory(
+    bench: Bench, counted: Bytes
+) -> None:
+    records = bench.capture(capture_job(CHUNK * CHUNKS, blocks=range(1, 8)))
+    chunk_bytes = CHUNK * bench.cache.token_bytes
+    each = [chunk_bytes] * CHUNKS
+    for one in records:
+        bench.store._tiers.discard(one.key)
+
+    job = load_job(records, blocks=range(10, 18))
+    from_disk = loaded(bench, counted, job)
+    assert [count for count in from_disk["read"] if count == chunk_bytes] == each
+    assert counted.files["open rb"] == CHUNKS
+    assert (from_disk["hash"], from_disk["rotate"], from_disk["scatter"]) == (each, [], each)
+
+    from_host = loaded(bench, counted, job)
+    assert from_host == {"read": [], "hash": [], "rotate": [], "scatter": each}
+
+    # Only keys are rotated, which is one more pass over half of the bytes.
+    moved = loaded(bench, counted, load_job(records, at=3, blocks=range(10, 18)))
+    assert moved == {"read": [], "hash": [], "rotate": [chunk_bytes // 2] * CHUNKS, "scatter": each}
+
+
+def test_a_captured_turn_is_copied_off_the_cache_once_and_written_once(bench: Bench, counted: Bytes) -> None:
+    reads: list[tuple[int, int]] = []
+    read = bench.cache.read
+
+    def counted_read(blocks: Any, start: int, end: int, layers: Any = None) -> Tensor:
+        reads.append((start, end))
+        return read(blocks, start, end, layers)
+
+    bench.cache.read = counted_read
+    bench.capture(capture_job(CHUNK * CHUNKS, blocks=range(1, 8)))
+
+    chunk_bytes = CHUNK * bench.cache.token_bytes
+    assert reads == [(0, CHUNK * CHUNKS)]
+    assert bench.worker.counters()["moved_bytes|save"] == chunk_bytes * CHUNKS
+    assert counted.of("write")[:-1] == counted.of("hash") == [chunk_bytes] * CHUNKS
+
+
+def test_a_finished_request_compares_none_of_its_chunks_with_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once each was compared with all: a plan of 320 chunks held up the engine for 14 ms."""
+    records = chain(*(range(6 * i, 6 * i + 6) for i in range(40)))
+    compared: list[PlacedChunk] = []
+
+    def noted(self: PlacedChunk, other: object) -> bool:
+        compared.append(self)
+        return self is other
+
+    desk = Desk(FakeCatalog(records))
+    prompt, plan = row(*records)
+    one = request(prompt, plan=plan)
+    desk.side.new_request(one)
+    desk.load(one)
+    monkeypatch.setattr(PlacedChunk, "__eq__", noted)
+    _, answer, _ = desk.finish(one, [70])
+    desk.close()
+
+    assert answer["chunk_ids"] == [record.key for record in records]
+    assert compared == []
