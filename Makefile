@@ -2,6 +2,8 @@
 
 PYTHON := .venv/bin/python
 TESTS ?= tests
+RUNS ?= 100000
+BENCH ?=
 
 # Tests and examples stay offline and send nothing anywhere.
 export HF_HUB_OFFLINE := 1
@@ -14,7 +16,7 @@ VLLM_LOGGING_LEVEL ?= WARNING
 export VLLM_CPU_KVCACHE_SPACE VLLM_LOGGING_LEVEL
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check check-static format lock clean
+.PHONY: help setup demo test check check-static bench fuzz format lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,15 +29,26 @@ demo: setup ## several agents sharing memories on a real vLLM engine
 	@$(PYTHON) examples/multi_agent_demo.py
 
 test: check-static ## static checks and all tests (TESTS=path limits the tests)
+	@scripts/browser.sh
 	@$(PYTHON) -m pytest $(TESTS)
 
-check: check-static ## static checks and the unit tests, without vLLM
-	@$(PYTHON) -m pytest tests/unit
+check: check-static ## static checks and the quick unit tests, without vLLM
+	@$(PYTHON) -m pytest tests/unit -m "not slow"
 
 check-static: setup ## formatting, lint and types
 	@$(PYTHON) -m ruff format --check .
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m mypy --strict kv_agent
+
+bench: setup ## speed with the plugin against the same without it, half an hour (BENCH=--quick: minutes)
+	@$(PYTHON) -m benchmarks.speed $(BENCH)
+
+fuzz: setup build/fuzz/packages ## coverage-guided fuzzing of the blob reader (RUNS=100000 inputs)
+	@PYTHONPATH=build/fuzz/packages:. $(PYTHON) tests/fuzz/blob_header.py -runs=$(RUNS) -max_len=20000 build/fuzz
+
+build/fuzz/packages: tests/fuzz/requirements.txt
+	@$(PYTHON) -m pip install --quiet --upgrade --target $@ -r $<
+	@touch $@
 
 format: setup ## format the code and fix what lint can fix
 	@$(PYTHON) -m ruff format .

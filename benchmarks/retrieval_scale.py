@@ -328,7 +328,7 @@ def _add_turn(catalog: Catalog, number: int, keys_TV: Floats) -> None:
         token_ids=tuple(range(NUM_TOKENS)),
         blob=key,
         tensor=key,
-        sha256=key,
+        checksum=key,
         num_bytes=1,
     )
     turn = TurnRecord(

@@ -20,7 +20,7 @@ from statistics import fmean, median
 
 from benchmarks.provenance import provenance
 from benchmarks.reuse.cases import exams
-from benchmarks.reuse.lab import DTYPE, KV_CODEC
+from benchmarks.reuse.lab import DTYPE
 from benchmarks.reuse_product import MAX_MODEL_LEN, Bench, Quality, Trial
 from kv_agent.engines.vllm_local import VllmEngine
 from kv_agent.memory import AgentMemory
@@ -80,7 +80,7 @@ def measure_all(model: Path, facts: Sequence[int], num_cases: int, results: Path
                     record = {
                         "benchmark": "reuse_documents",
                         "model": model.name,
-                        "kv_codec": KV_CODEC,
+                        "dtype": DTYPE,
                         "facts_per_document": facts_per_document,
                         "cases": num_cases,
                         **row,

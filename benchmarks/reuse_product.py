@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from benchmarks.provenance import provenance
 from benchmarks.reuse.cases import Exam, exams
-from benchmarks.reuse.lab import DTYPE, KV_CODEC
+from benchmarks.reuse.lab import DTYPE
 from kv_agent.chunks import Fingerprint
 from kv_agent.engines.base import Call, Completion, Engine, Reuse
 from kv_agent.engines.vllm_local import VllmEngine
@@ -187,7 +187,7 @@ def _write(args: argparse.Namespace, num_memories: int, row: dict[str, object]) 
     record = {
         "benchmark": "reuse_product",
         "model": args.model.name,
-        "kv_codec": KV_CODEC,
+        "dtype": DTYPE,
         "memories": num_memories,
         "cases": args.cases,
         "agents": args.agents,

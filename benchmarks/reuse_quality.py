@@ -28,12 +28,14 @@ from transformers import AutoConfig
 
 from benchmarks.provenance import provenance
 from benchmarks.reuse.cases import Case, Tokens, recall_cases, story_cases
-from benchmarks.reuse.lab import KV_CODEC, Lab, Plan
+from benchmarks.reuse.lab import DTYPE, Lab, Plan
 from benchmarks.reuse.measures import Logprobs, agreed, divergence, worst_of_likely
 from benchmarks.reuse.settings import LONGEST_CONTEXT, STANDARD, Planned, Setting
 from benchmarks.reuse.ways import Way, ways
+from kv_agent.chunks import RAW
 from kv_agent.engines.base import Completion
 from kv_agent.prompting import ChatPrompts
+from kv_agent.storage.codecs import CODECS
 
 ANSWER_TOKENS = 16
 GREEDY_TOKENS = 64
@@ -101,7 +103,9 @@ def _compared(expected: Answered, other: Answered) -> Iterator[tuple[str, float]
 def measure_all(model: Path, planned: Iterable[Planned], results: Path | None) -> None:
     """One engine for all settings with the same chunks, one after the other."""
     config = AutoConfig.from_pretrained(model)
-    for chunk_tokens, group in groupby(planned, key=lambda one: one.setting.chunk_tokens):
+    for (chunk_tokens, codec), group in groupby(
+        planned, key=lambda one: (one.setting.chunk_tokens, one.setting.codec)
+    ):
         with tempfile.TemporaryDirectory() as folder:
             lab = Lab.open(
                 model,
@@ -109,6 +113,7 @@ def measure_all(model: Path, planned: Iterable[Planned], results: Path | None) -
                 max_model_len=min(LONGEST_CONTEXT, config.max_position_embeddings),
                 chunk_tokens=chunk_tokens,
                 vocabulary=config.vocab_size,
+                codec=codec,
             )
             try:
                 for one in group:
@@ -126,7 +131,7 @@ def _measure_one(lab: Lab, planned: Planned, model: str, results: Path | None) -
     for row in measure(lab, list(_cases(lab, setting)), chosen, num_tokens, planned.kl_cases):
         _show(row)
         if results is not None:
-            record = {"benchmark": "reuse_quality", "model": model, "kv_codec": KV_CODEC, **asdict(setting)}
+            record = {"benchmark": "reuse_quality", "model": model, "dtype": DTYPE, **asdict(setting)}
             with results.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(record | row | {"provenance": provenance()}) + "\n")
     print(f"  {time.perf_counter() - started:.0f} s", flush=True)
@@ -184,6 +189,7 @@ def main() -> None:
     )
     parser.add_argument("--shuffled", action="store_true", help="memories in any order, not that of time")
     parser.add_argument("--chunk-tokens", type=int, nargs="+", default=[256])
+    parser.add_argument("--codec", nargs="+", default=[RAW], choices=CODECS)
     parser.add_argument("--facts-per-memory", type=int, default=1)
     parser.add_argument("--story-tokens", type=int, default=48, help="of a story that is a memory")
     parser.add_argument(
@@ -196,7 +202,7 @@ def main() -> None:
 
 def _planned(args: argparse.Namespace) -> list[Planned]:
     """Every combination of the values given, those with the same chunks together."""
-    lists = (args.chunk_tokens, args.before_tokens, args.filler_tokens, args.memories)
+    lists = (args.codec, args.chunk_tokens, args.before_tokens, args.filler_tokens, args.memories)
     return [
         Planned(
             Setting(
@@ -210,11 +216,12 @@ def _planned(args: argparse.Namespace) -> list[Planned]:
                 chunk_tokens=chunk_tokens,
                 facts_per_memory=args.facts_per_memory,
                 story_tokens=args.story_tokens,
+                codec=codec,
             ),
             tuple(args.ways),
             args.kl_cases,
         )
-        for chunk_tokens, before_tokens, filler_tokens, memories in product(*lists)
+        for codec, chunk_tokens, before_tokens, filler_tokens, memories in product(*lists)
     ]
 
 

@@ -67,7 +67,7 @@ def _library(folder: Path, corpus: Corpus, documents: Texts) -> Iterator[Library
             token_ids=tuple(token_ids),
             blob="",
             tensor="",
-            sha256="",
+            checksum="",
             num_bytes=0,
         )
         turn = TurnRecord(

@@ -17,7 +17,6 @@ from kv_agent.storage.catalog import Catalog
 _TIMEOUT_S = 60.0
 _USER = "lab"
 DTYPE = "float32"
-KV_CODEC = f"raw {DTYPE}"  # the store keeps KV as the engine has it; it has no other codec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,10 +77,13 @@ class Lab:
     _captured: dict[Capture, list[ChunkRecord]] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, model: Path, store: Path, *, max_model_len: int, chunk_tokens: int, vocabulary: int) -> Lab:
+    def open(
+        cls, model: Path, store: Path, *, max_model_len: int, chunk_tokens: int, vocabulary: int, codec: str
+    ) -> Lab:
+        """Nothing is kept in memory, so that what is put back was written and read by ``codec``."""
         engine = VllmEngine(
             model,
-            {"store": str(store), "chunk_tokens": chunk_tokens},
+            {"store": str(store), "chunk_tokens": chunk_tokens, "codec": codec, "host_bytes": 0},
             dtype=DTYPE,
             max_model_len=max_model_len,
             max_logprobs=vocabulary,

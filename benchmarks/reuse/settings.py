@@ -32,7 +32,7 @@ class Setting:
 
     ``cases`` questions; ``before_tokens`` stood before each memory when it was computed, ``filler_tokens``
     stand in front of the memories now. A memory has ``facts_per_memory``, one turn each (the last has what
-    is left), or is the first ``story_tokens`` of a story.
+    is left), or is the first ``story_tokens`` of a story. It is stored by ``codec``.
     """
 
     task: str = "recall"
@@ -45,6 +45,7 @@ class Setting:
     chunk_tokens: int = 256
     facts_per_memory: int = 1
     story_tokens: int = 48
+    codec: str = "raw"
 
 
 class Planned(NamedTuple):

@@ -32,6 +32,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         max_model_len=512,
         chunk_tokens=256,
         vocabulary=AutoConfig.from_pretrained(support.RECALL_MODEL).vocab_size,
+        codec="raw",
     )
     yield lab
     lab.close()

@@ -1,0 +1,1 @@
+"""Speed of a running engine with and without the plugin."""

@@ -1,0 +1,51 @@
+"""Times as ratios: whatever is compared runs in the same rounds, one after the other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median, quantiles
+
+Arm = Callable[[], float]  # does its work once -> seconds of what counts
+
+
+def timed(work: Callable[[], object]) -> Arm:
+    """The whole of ``work`` counts."""
+
+    def run() -> float:
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    return run
+
+
+def interleaved(arms: Mapping[str, Arm], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each arm in every round, after one that does not count; the order turns."""
+    names = list(arms)
+    for name in names:
+        arms[name]()
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            seconds[name].append(arms[name]())
+    return seconds
+
+
+def spread(values: Sequence[float], digits: int = 3) -> dict[str, float]:
+    """Median, the quartiles around it and the lowest."""
+    low, _, high = quantiles(values, n=4, method="inclusive")
+    named = {"median": median(values), "q1": low, "q3": high, "min": min(values)}
+    return {name: round(value, digits) for name, value in named.items()}
+
+
+def ratios(yardstick: Sequence[float], seconds: Sequence[float]) -> dict[str, float]:
+    """How fast this was, the yardstick of the same round being 1."""
+    return spread([one / other for one, other in zip(yardstick, seconds, strict=True)])
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value that ``share`` of all do not exceed."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
