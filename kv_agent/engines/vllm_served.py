@@ -18,6 +18,7 @@ from kv_agent.errors import EngineError
 from kv_agent.vllm_plugin.fingerprint import fingerprint_details, fingerprint_of
 
 _STOPPED = "the server is shutting down; send the request again later"
+_WATCH_EVERY_S = 0.2
 
 
 class ServedEngine:
@@ -43,6 +44,7 @@ class ServedEngine:
         self._lock = threading.Lock()
         self._running: set[Future[list[Completion]]] = set()
         self._is_closed = False
+        self._watching = asyncio.run_coroutine_threadsafe(self._end_with_the_engine(), loop)
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -81,8 +83,21 @@ class ServedEngine:
         with self._lock:
             self._is_closed = True
             running = list(self._running)
+        self._watching.cancel()
         for one in running:
             one.cancel()
+
+    async def _end_with_the_engine(self) -> None:
+        """Once vLLM no longer reads what its engine answers, end the requests that still wait.
+
+        vLLM lets them wait for ever, its own too, so a server that is told to stop would wait with them.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        while True:
+            await asyncio.sleep(_WATCH_EVERY_S)
+            if not self._client.is_running:  # more than once: some are only on their way the first time
+                self._client.output_processor.propagate_error(EngineDeadError())
 
     async def _together(self, calls: Sequence[Call]) -> list[Completion]:
         tasks = [asyncio.create_task(self._one(call)) for call in calls]

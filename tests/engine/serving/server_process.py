@@ -47,7 +47,10 @@ class MemoryServerProcess:
     def stop(self) -> int:
         """Ask the server to end -> its exit status."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(STOP_TIMEOUT_S)
+        try:
+            return self.process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"the server did not stop:\n{self.log_text()[-8000:]}")
 
 
 @contextmanager

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from kv_agent.chunks import TurnId
 from kv_agent.storage.store import LocalStore
-from tests.engine.serving.server_process import serving
+from tests.engine.serving.server_process import MemoryServerProcess, serving
 
 pytestmark = pytest.mark.engine
 
@@ -67,3 +72,41 @@ def test_vllms_own_key_guards_memory_and_a_stop_amid_requests_is_clean(tmp_path:
         assert store.catalog.known_turns(stored) == set(stored)
     finally:
         store.close()
+
+
+def test_requests_of_an_engine_that_ended_do_not_keep_the_server(tmp_path: Path) -> None:
+    """vLLM itself would wait for the answers to what it sent to an engine that stops."""
+    options = ("--shutdown-timeout", "1")
+    with serving(tmp_path, keys={}, keys_file=None, options=options) as server, server.client(None) as client:
+        remembered = {"prompt": "The dog is called Rex.", "user_id": "u"}
+        assert client.post("/memory/store", json=remembered).status_code == 200
+        chat = {"messages": [{"role": "user", "content": "Hello."}], "max_tokens": 2}
+        requests: list[tuple[str, dict[str, Any]]] = [
+            ("/memory/store", {"prompt": "The cat is called Tom.", "user_id": "u"}),
+            ("/memory/query", {"query": "Who is Rex?", "user_id": "u"}),
+            ("/v1/chat/completions", chat),
+            ("/v1/chat/completions", {**chat, "stream": True}),
+            ("/v1/chat/completions", {**chat, "memory": {"user_id": "u"}}),
+        ]
+        os.kill(_engine_of(server), signal.SIGSTOP)
+
+        def post(path: str, body: dict[str, Any]) -> int:
+            with server.client(None) as another:
+                return another.post(path, json=body).status_code
+
+        with ThreadPoolExecutor(len(requests)) as threads:
+            asked = [threads.submit(post, *request) for request in requests]
+            time.sleep(2)  # until they all wait for the engine
+            assert not any(one.done() for one in asked)
+            assert server.stop() == 0
+            statuses = [one.result() for one in asked]
+
+        # The head of a streamed answer was out already.
+        assert [status >= 500 for status in statuses] == [True, True, True, False, True]
+
+
+def _engine_of(server: MemoryServerProcess) -> int:
+    """The process that runs the model."""
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    (engine,) = [child for child in children if "EngineCore" in " ".join(child.cmdline())]
+    return engine.pid

@@ -30,6 +30,7 @@ class Client:
     """As vLLM's, but for the model: a prompt answers when all that are awaited are there."""
 
     errored = False
+    is_running = True
 
     def __init__(self) -> None:
         self.vllm_config = SimpleNamespace(model_config=SimpleNamespace(max_model_len=100))
@@ -76,9 +77,15 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
     yield loop
+    asyncio.run_coroutine_threadsafe(_tasks_ended(), loop).result(10)
     loop.call_soon_threadsafe(loop.stop)
     thread.join()
     loop.close()
+
+
+async def _tasks_ended() -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 @pytest.fixture
@@ -87,9 +94,13 @@ def client() -> Client:
 
 
 @pytest.fixture
-def engine(client: Client, loop: asyncio.AbstractEventLoop, monkeypatch: pytest.MonkeyPatch) -> ServedEngine:
+def engine(
+    client: Client, loop: asyncio.AbstractEventLoop, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[ServedEngine]:
     monkeypatch.setattr(vllm_served, "fingerprint_details", lambda config: {})
-    return ServedEngine(client, loop)
+    engine = ServedEngine(client, loop)
+    yield engine
+    engine.close()
 
 
 def calls(*first: int) -> list[Call]:
