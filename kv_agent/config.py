@@ -73,7 +73,7 @@ class PluginConfig(_Strict):
     disk_bytes: int | None = Field(default=None, gt=0)
     make_room: bool = True
     pooled_layers: tuple[int, ...] = Field(default=(0,), min_length=1)
-    load_threads: int = Field(default=2, ge=1, le=64)
+    load_threads: int = Field(default=4, ge=1, le=64)
     load: Literal["always", "faster"] = "always"
 
 

@@ -25,7 +25,7 @@ from kv_agent.vllm_plugin.staging import Piece, Staging
 BLOCK_TOKENS = 128  # vLLM's default on a CPU
 CHUNK_TOKENS = 128
 NUM_CHUNKS = 16
-THREADS = 2  # as the plugin's default
+THREADS = 2  # as many as cores
 DELTA = 1000
 
 Write = Callable[[Tensor, Tensor, Tensor], None]
@@ -48,22 +48,18 @@ def measure(rounds: int) -> Iterator[dict[str, Any]]:
     copy, buffer = torch.empty_like(whole), torch.empty_like(chunks[0])
     slots = torch.arange(BLOCK_TOKENS, BLOCK_TOKENS + shape[2])
 
+    def pieces(numbers: Iterable[int], delta: int) -> list[Piece]:
+        return [Piece(kv_L2THD=chunks[one], start=one * CHUNK_TOKENS, delta=delta) for one in numbers]
+
     def inject(delta: int) -> None:
-        staging.write(
-            [
-                Piece(kv_L2THD=chunk, start=number * CHUNK_TOKENS, delta=delta)
-                for number, chunk in enumerate(chunks)
-            ],
-            block_ids,
-        )
+        staging.write(pieces(range(NUM_CHUNKS), delta), block_ids)
 
     direct = DirectWriter(cache.copier, scheme) if cache.copier is not None else None
     threads = ThreadPoolExecutor(THREADS)
 
     def write_directly(numbers: Iterable[int], delta: int) -> None:
         assert direct is not None
-        for number in numbers:
-            direct.write(chunks[number], block_ids, number * CHUNK_TOKENS, delta)
+        direct.prepared(pieces(numbers, delta), block_ids).run()
 
     def side_by_side(delta: int) -> None:
         parts = [range(first, NUM_CHUNKS, THREADS) for first in range(THREADS)]

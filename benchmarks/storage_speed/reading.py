@@ -13,10 +13,11 @@ from benchmarks.storage_speed.cold import bytes_from_disk, drop, read_through
 from benchmarks.storage_speed.timing import Arm, interleaved, ratios, spread
 from benchmarks.storage_speed.turns import QWEN, Shape, Turns
 from kv_agent.chunks import ChunkRecord
+from kv_agent.config import PluginConfig
 from kv_agent.storage.store import LocalStore
 
 RECALL = Shape(name="the bundled model", layers=6, heads=2, head_dim=64)
-THREADS = 2  # as the plugin's default
+THREADS = PluginConfig.model_fields["load_threads"].default
 
 
 def measure(folder: Path, rounds: int, total_bytes: int) -> Iterator[dict[str, Any]]:

@@ -5,57 +5,58 @@ own writer is called for every layer, wants keys and values gathered first, and 
 this runs on any, beside others, and without the GIL.
 """
 
-# L layers, T tokens, H kv heads, D head dim, P tokens per block
+# L layers, T tokens, H kv heads, D head dim, P tokens per block, F rotary planes, N pieces
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kv_agent.kv.block_kernels import Layout, Strided, compiled
+from kv_agent.kv.vector_words import VECTOR_BYTES
+
 _WORD_BYTES = 8
-_BITS = {2: torch.uint16, 4: torch.uint32}  # by bytes of an item
-_WORDS = {2: np.uint16, 4: np.uint32, 8: np.uint64}  # by bytes; what is in them is moved, not looked at
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Strided:
-    """Keys or values in a block: items from its start to the first, and from token to token, and so on."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PlainPiece:
+    """KV ``[L, T, H, D]`` that is, or is to be, at positions ``[start, start + T)`` of a sequence.
 
-    first: int
-    token: int
-    head: int
-    dim: int
+    Each layer of either must be contiguous. ``turn`` is the cosine and sine, float32 ``[F]`` each, by which
+    bfloat16 keys are turned in the planes ``(i, i + F)`` on their way into blocks.
+    """
 
-    def last(self, shape_PHD: tuple[int, int, int]) -> int:
-        """Where the last item is."""
-        P, H, D = shape_PHD
-        return self.first + self.token * (P - 1) + self.head * (H - 1) + self.dim * (D - 1)
+    key_LTHD: Tensor
+    value_LTHD: Tensor
+    start: int
+    turn: tuple[Tensor, Tensor] | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Half:
-    """The same and what else a kernel needs, counted in words of so many items."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Copying:
+    """A copy that is ready to be made, layer by layer if need be; ``kept`` are what it copies from and to."""
 
-    items: int
-    D: int
-    block: int
-    first: int
-    token: int
-    head: int
-    dim: int
+    num_layers: int
+    arguments: tuple[Any, ...]
+    kept: tuple[Any, ...]
+    code: Any
+
+    def run(self, first_layer: int = 0, end_layer: int | None = None) -> None:
+        """Copy these layers, by default all. Any thread may, as far as nobody else uses the same slots."""
+        self.code(*self.arguments, first_layer, self.num_layers if end_layer is None else end_layer)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockCopier:
-    """Copies between ``[L, T, H, D]`` and the blocks of ``caches_L``, one tensor a layer, alike in layout.
+    """Copies between plain KV and the blocks of ``caches_L``, one tensor a layer, alike in layout.
 
-    There are ``block_items`` from block to block. The first call of either way compiles for a second.
-    Thread-safe as far as nobody else uses the same blocks.
+    There are ``block_items`` from block to block. The first call of either way compiles for a second or two.
+    Thread-safe as far as nobody else uses the same slots.
     """
 
     caches_L: Sequence[Tensor]
@@ -64,163 +65,103 @@ class BlockCopier:
     key: Strided
     value: Strided
 
-    def scatter(self, key_LTHD: Tensor, value_LTHD: Tensor, block_ids: Sequence[int], start: int) -> None:
-        """Write tokens to positions ``[start, start + T)`` of the sequence whose blocks these are.
+    def scatter(self, pieces: Sequence[PlainPiece], block_ids: Sequence[int]) -> Copying:
+        """What writes the pieces into the sequence whose blocks these are.
 
-        Each layer of either must be contiguous. Raises :class:`ValueError` for what does not fit.
+        Raises :class:`ValueError` for what does not fit.
         """
-        self._scatter(*self._arguments(key_LTHD, value_LTHD, block_ids, start))
+        return self._prepared(pieces, block_ids, to_blocks=True)
 
-    def gather(self, key_LTHD: Tensor, value_LTHD: Tensor, block_ids: Sequence[int], start: int) -> None:
-        """Fill both with the tokens at positions ``[start, start + T)``; otherwise as :meth:`scatter`."""
-        self._gather(*self._arguments(key_LTHD, value_LTHD, block_ids, start))
+    def gather(self, piece: PlainPiece, block_ids: Sequence[int]) -> Copying:
+        """What fills the piece from the sequence's blocks; raises as :meth:`scatter` does."""
+        if piece.turn is not None:
+            raise ValueError("keys are turned on their way into blocks only")
+        return self._prepared([piece], block_ids, to_blocks=False)
 
-    def _arguments(
-        self, key_LTHD: Tensor, value_LTHD: Tensor, block_ids: Sequence[int], start: int
-    ) -> tuple[Any, ...]:
-        T = key_LTHD.shape[1]
-        P, H, D = self.shape_PHD
-        first, last = start // P, (start + T - 1) // P
-        blocks = np.array(block_ids[first : last + 1], dtype=np.int64)
-        fits = key_LTHD.shape == value_LTHD.shape == (len(self.caches_L), T, H, D)
-        if not fits or T == 0 or start < 0 or len(blocks) != last + 1 - first:
-            raise ValueError(
-                f"KV {tuple(key_LTHD.shape)} does not fit {len(block_ids)} blocks from {start} on"
-            )
-        if blocks.min() < 0 or blocks.max() >= self.caches_L[0].shape[0]:
-            raise ValueError(f"blocks {blocks.tolist()} of a cache of {self.caches_L[0].shape[0]}")
-        keys, values = self._halves
-        return (
-            *_plain(key_LTHD, keys.items),
-            *_plain(value_LTHD, values.items),
-            *self._flat_caches,
+    def _prepared(
+        self, pieces: Sequence[PlainPiece], block_ids: Sequence[int], *, to_blocks: bool
+    ) -> Copying:
+        blocks = np.array(block_ids, dtype=np.int64)
+        for piece in pieces:
+            self._require_fit(piece, blocks)
+        # One code for pieces that are turned and others: it is made when an engine starts, not amid a request.
+        turns = to_blocks and self.caches_L[0].dtype == torch.bfloat16
+        keys = [_Plain.of(piece.key_LTHD) for piece in pieces]
+        values = [_Plain.of(piece.value_LTHD) for piece in pieces]
+        is_wide = all(one.is_wide for one in (*keys, *values))
+        is_wide = is_wide and not (self._addresses_L % VECTOR_BYTES).any()
+        arguments = (
+            *(np.array([one.address for one in half], dtype=np.uint64) for half in (keys, values)),
+            *(np.array([one.layer_bytes for one in half], dtype=np.uint64) for half in (keys, values)),
+            np.array([piece.start for piece in pieces], dtype=np.uint64),
+            np.array([piece.key_LTHD.shape[1] for piece in pieces], dtype=np.uint64),
+            *_turns(pieces),
+            self._addresses_L,
             blocks.astype(np.uint64),
-            np.uint64(start % P),
-            np.uint64(T),
+        )
+        return Copying(
+            num_layers=len(self.caches_L),
+            arguments=arguments,
+            kept=(tuple(pieces), self.caches_L),
+            code=compiled(self._layout(is_wide), to_blocks=to_blocks, turns=turns),
         )
 
-    @cached_property
-    def _halves(self) -> tuple[_Half, _Half]:
-        """Values mostly stand side by side as in plain KV, so that several are moved as one."""
-        wide = _WORD_BYTES // self.caches_L[0].element_size()
-        half, D = self.value, self.shape_PHD[2]
-        numbers = (D, self.block_items, half.first, half.token, half.head)
-        starts = {layer.data_ptr() % _WORD_BYTES for layer in self.caches_L}
-        is_wide = half.dim == 1 and starts == {0} and all(number % wide == 0 for number in numbers)
-        return self._half(self.key, 1), self._half(half, wide if is_wide else 1)
+    def _require_fit(self, piece: PlainPiece, blocks: Any) -> None:
+        T = piece.key_LTHD.shape[1]
+        P, H, D = self.shape_PHD
+        fits = piece.key_LTHD.shape == piece.value_LTHD.shape == (len(self.caches_L), T, H, D)
+        used = blocks[piece.start // P : (piece.start + T - 1) // P + 1] if piece.start >= 0 else blocks[:0]
+        if not fits or T == 0 or len(used) != (piece.start + T - 1) // P + 1 - piece.start // P:
+            raise ValueError(
+                f"KV {tuple(piece.key_LTHD.shape)} does not fit {len(blocks)} blocks from {piece.start} on"
+            )
+        if used.min() < 0 or used.max() >= self.caches_L[0].shape[0]:
+            raise ValueError(f"blocks {used.tolist()} of a cache of {self.caches_L[0].shape[0]}")
+        dtype = self.caches_L[0].dtype
+        if not piece.key_LTHD.dtype == piece.value_LTHD.dtype == dtype:
+            raise ValueError(f"KV must be {dtype} as the cache is, got {piece.key_LTHD.dtype}")
+        for x_LTHD in (piece.key_LTHD, piece.value_LTHD):
+            if not x_LTHD[0].is_contiguous():
+                raise ValueError(f"a layer of KV must be contiguous, got strides {x_LTHD.stride()}")
+        if piece.turn is not None and (dtype != torch.bfloat16 or 2 * len(piece.turn[0]) > D):
+            raise ValueError(f"{dtype} keys of {D} dims are not turned in {len(piece.turn[0])} planes here")
 
-    def _half(self, half: Strided, items: int) -> _Half:
-        return _Half(
-            items=items,
-            D=self.shape_PHD[2] // items,
-            block=self.block_items // items,
-            first=half.first // items,
-            token=half.token // items,
-            head=half.head // items,
-            dim=half.dim,
+    @cached_property
+    def _addresses_L(self) -> Any:
+        return np.array([cache.data_ptr() for cache in self.caches_L], dtype=np.uint64)
+
+    def _layout(self, is_wide: bool) -> Layout:
+        return Layout(
+            shape_PHD=self.shape_PHD,
+            item_bytes=self.caches_L[0].element_size(),
+            block_items=self.block_items,
+            key=self.key,
+            value=self.value,
+            is_wide=is_wide,
         )
 
-    @cached_property
-    def _flat_caches(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """Every layer as one run of words, for keys and for values."""
-        before = (self.caches_L[0].shape[0] - 1) * self.block_items
-        keys, values = (
-            tuple(_flat(layer, before + part.last(self.shape_PHD) + 1, half.items) for layer in self.caches_L)
-            for part, half in zip((self.key, self.value), self._halves, strict=True)
-        )
-        return keys, values
 
-    @cached_property
-    def _scatter(self) -> Callable[..., None]:
-        return _compiled(self.shape_PHD, *self._halves, to_blocks=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plain:
+    """Where layers of something begin; ``is_wide`` if all of them do where a word may."""
 
-    @cached_property
-    def _gather(self) -> Callable[..., None]:
-        return _compiled(self.shape_PHD, *self._halves, to_blocks=False)
+    address: int
+    layer_bytes: int
+    is_wide: bool
+
+    @classmethod
+    def of(cls, x: Tensor) -> _Plain:
+        address, layer_bytes = x.data_ptr(), x.stride(0) * x.element_size()
+        is_wide = address % _WORD_BYTES == 0 and layer_bytes % _WORD_BYTES == 0
+        return cls(address=address, layer_bytes=layer_bytes, is_wide=is_wide)
 
 
-def _plain(x_LTHD: Tensor, items: int) -> tuple[Any, np.uint64]:
-    """All words from the first to the last, and how many it is from layer to layer."""
-    word_bytes = x_LTHD.element_size() * items
-    if not x_LTHD[0].is_contiguous() or x_LTHD.stride(0) % items or x_LTHD.data_ptr() % word_bytes:
-        raise ValueError(f"a layer of KV must be contiguous and aligned, got strides {x_LTHD.stride()}")
-    num_items = (x_LTHD.shape[0] - 1) * x_LTHD.stride(0) + x_LTHD[0].numel()
-    return _flat(x_LTHD, num_items, items), np.uint64(x_LTHD.stride(0) // items)
-
-
-def _flat(x: Tensor, num_items: int, items: int) -> Any:
-    item_bytes = x.element_size()
-    plain = x.as_strided((num_items,), (1,)).view(_BITS[item_bytes]).numpy()
-    return plain.view(_WORDS[item_bytes * items])
-
-
-@cache
-def _compiled(
-    shape_PHD: tuple[int, int, int], key: _Half, value: _Half, *, to_blocks: bool
-) -> Callable[..., None]:
-    """Machine code for this layout, whose numbers are constants in it; made once a process."""
-    import numba  # takes a second, unless vLLM has imported it
-
-    # Unsigned all over: an index that might be negative would have to be wrapped around.
-    P, H = np.uint64(shape_PHD[0]), np.uint64(shape_PHD[1])
-
-    def half_copier(half: _Half) -> Callable[..., None]:
-        D, block_step = np.uint64(half.D), np.uint64(half.block)
-        first, per_token = np.uint64(half.first), np.uint64(half.token)
-        per_head, per_dim = np.uint64(half.head), np.uint64(half.dim)
-        row = H * D
-        has_token_rows = half.dim <= half.token  # else tokens stand side by side, and dims below each other
-
-        def copy(plain: Any, begin: Any, begun: Any, cache: Any, block: Any, inside: Any, count: Any) -> None:
-            """``count`` tokens: plain ones from ``begin`` and ``begun`` on, a block's from ``inside`` on."""
-            source = begin + begun * row
-            target = block * block_step + first + inside * per_token
-            for h in range(H):
-                if has_token_rows:
-                    for t in range(count):
-                        here = source + t * row + h * D
-                        there = target + h * per_head + t * per_token
-                        for d in range(D):
-                            if to_blocks:
-                                cache[there + d * per_dim] = plain[here + d]
-                            else:
-                                plain[here + d] = cache[there + d * per_dim]
-                else:
-                    for d in range(D):
-                        here = source + h * D + d
-                        there = target + h * per_head + d * per_dim
-                        for t in range(count):
-                            if to_blocks:
-                                cache[there + t * per_token] = plain[here + t * row]
-                            else:
-                                plain[here + t * row] = cache[there + t * per_token]
-
-        compiled: Callable[..., None] = numba.njit(nogil=True, error_model="numpy")(copy)
-        return compiled
-
-    copy_keys, copy_values = half_copier(key), half_copier(value)
-
-    def copy_all(
-        keys: Any,
-        key_step: Any,
-        values: Any,
-        value_step: Any,
-        key_caches: Any,
-        value_caches: Any,
-        blocks: Any,
-        offset: Any,
-        T: Any,
-    ) -> None:
-        for layer in range(len(key_caches)):
-            number = np.uint64(layer)
-            done = np.uint64(0)
-            while done < T:
-                inside = (offset + done) % P
-                count = min(P - inside, T - done)
-                block = blocks[(offset + done) // P]
-                copy_keys(keys, number * key_step, done, key_caches[layer], block, inside, count)
-                copy_values(values, number * value_step, done, value_caches[layer], block, inside, count)
-                done += count
-
-    machine_code: Callable[..., None] = numba.njit(nogil=True, error_model="numpy")(copy_all)
-    return machine_code
+def _turns(pieces: Sequence[PlainPiece]) -> tuple[Any, Any, Any]:
+    """Which pieces are turned, and all cosines and sines ``[N, F]``."""
+    turned_N = np.array([piece.turn is not None for piece in pieces])
+    num_planes = max((len(piece.turn[0]) for piece in pieces if piece.turn is not None), default=0)
+    cos_NF, sin_NF = (np.zeros((len(pieces), num_planes), dtype=np.float32) for _ in range(2))
+    for n, piece in enumerate(pieces):
+        if piece.turn is not None:
+            cos_NF[n], sin_NF[n] = piece.turn[0].numpy(), piece.turn[1].numpy()
+    return turned_N, cos_NF, sin_NF

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from kv_agent.kv import rotation_kernel
 # A float32 table multiplies position by frequency in float32, so its angle error grows with the angle:
 # a few roundings of 2**-24, relative. 2**-21 leaves room for position scaling, magnitude and GPU sin/cos.
 _TOLERANCE = 2.0**-21
+_KNOWN_TURNS = 4096  # distances whose cosines and sines are kept: chunks of one plan mostly move alike
 _BLOCK_ROWS = 4096  # float64 work is done in blocks, so a table of 128k positions needs no 100s of MB
 
 
@@ -77,12 +79,28 @@ def copy_rotated_into(out_THD: Tensor, k_THD: Tensor, delta: int, scheme: Rotary
     if delta == 0:
         out_THD.copy_(k_THD)
         return
-    angles_F = _angles(float(delta), scheme)
     if scheme.neox and rotation_kernel.fits(out_THD, k_THD):
-        rotation_kernel.rotate_into(out_THD, k_THD, angles_F.cos().float(), angles_F.sin().float())
+        rotation_kernel.rotate_into(out_THD, k_THD, *_turn(delta, scheme))
         return
-    out_THD[..., : scheme.rotary_dim] = _rotate(k_THD, angles_F, scheme)
+    out_THD[..., : scheme.rotary_dim] = _rotate(k_THD, _angles(float(delta), scheme), scheme)
     out_THD[..., scheme.rotary_dim :] = k_THD[..., scheme.rotary_dim :]
+
+
+def turn_of(k_THD: Tensor, delta: int, scheme: RotaryScheme) -> tuple[Tensor, Tensor] | None:
+    """Cosine and sine ``[F]``, float32, that move such keys by ``delta`` in the planes ``(i, i + F)``.
+
+    ``None`` where only :func:`rotate_keys` can move them.
+    """
+    _check_head_dim(k_THD, scheme)
+    if not scheme.neox or not rotation_kernel.serves(k_THD.dtype, k_THD.device):
+        return None
+    return _turn(delta, scheme)
+
+
+@lru_cache(_KNOWN_TURNS)
+def _turn(delta: int, scheme: RotaryScheme) -> tuple[Tensor, Tensor]:
+    angles_F = _angles(float(delta), scheme)
+    return angles_F.cos().float(), angles_F.sin().float()
 
 
 def prepare_rotation(scheme: RotaryScheme, dtype: torch.dtype, device: torch.device) -> None:

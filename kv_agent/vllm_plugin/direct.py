@@ -3,15 +3,14 @@
 # L layers, T tokens, H kv heads, D head dim
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-import torch
 from torch import Tensor
 
 from kv_agent.errors import UnsupportedModelError
-from kv_agent.kv.block_copy import BlockCopier
-from kv_agent.kv.rope import RotaryScheme, copy_rotated_into
+from kv_agent.kv.block_copy import BlockCopier, Copying, PlainPiece
+from kv_agent.kv.rope import RotaryScheme, rotate_keys, turn_of
+from kv_agent.vllm_plugin.staging import Piece
 
 
 class DirectWriter:
@@ -20,25 +19,17 @@ class DirectWriter:
     def __init__(self, copier: BlockCopier, scheme: RotaryScheme | None) -> None:
         self._copier = copier
         self._scheme = scheme
-        self._mine = threading.local()
 
-    def write(self, kv_L2THD: Tensor, block_ids: Sequence[int], start: int, delta: int) -> None:
-        """Put KV at positions ``[start, start + T)``, ``delta`` higher than where it was computed.
+    def prepared(self, pieces: Iterable[Piece], block_ids: Sequence[int]) -> Copying:
+        """What puts the pieces into a sequence's blocks, where nobody else may use their slots meanwhile."""
+        return self._copier.scatter([self._placed(piece) for piece in pieces], block_ids)
 
-        Nobody else may use these tokens' slots meanwhile.
-        """
-        key_LTHD = kv_L2THD[:, 0]
-        if delta:
+    def _placed(self, piece: Piece) -> PlainPiece:
+        key_LTHD: Tensor = piece.kv_L2THD[:, 0]
+        turn = None
+        if piece.delta:
             if self._scheme is None:
                 raise UnsupportedModelError("keys cannot be moved, yet a chunk was to be")
-            rotated_LTHD = self._buffer(key_LTHD)
-            copy_rotated_into(rotated_LTHD, key_LTHD, delta, self._scheme)
-            key_LTHD = rotated_LTHD
-        self._copier.scatter(key_LTHD, kv_L2THD[:, 1], block_ids, start)
-
-    def _buffer(self, key_LTHD: Tensor) -> Tensor:
-        """Memory of this thread: what is new costs more than what is done with it here."""
-        held: Tensor | None = getattr(self._mine, "buffer", None)
-        if held is None or held.numel() < key_LTHD.numel():
-            held = self._mine.buffer = torch.empty(key_LTHD.numel(), dtype=key_LTHD.dtype)
-        return held[: key_LTHD.numel()].view(key_LTHD.shape)
+            if (turn := turn_of(key_LTHD, piece.delta, self._scheme)) is None:
+                key_LTHD = rotate_keys(key_LTHD, piece.delta, self._scheme)
+        return PlainPiece(key_LTHD=key_LTHD, value_LTHD=piece.kv_L2THD[:, 1], start=piece.start, turn=turn)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kv_agent.errors import UnsupportedModelError
-from kv_agent.kv.block_copy import BlockCopier
+from kv_agent.kv.block_copy import BlockCopier, PlainPiece
 from kv_agent.vllm_plugin.guard import attempt
 from kv_agent.vllm_plugin.paging import BlockLayout, SlotWriter, measure_layout, read_slots
 
@@ -85,7 +85,7 @@ class PagedCache:
         if self._copier is not None and layers is None:
             shape = (self.num_layers, 2, end - start, self._layers[0].num_kv_heads, self._layers[0].head_dim)
             kv_L2THD = torch.empty(shape, dtype=self.dtype)
-            self._copier.gather(kv_L2THD[:, 0], kv_L2THD[:, 1], block_ids, start)
+            self._copier.gather(_plain(kv_L2THD, start), block_ids).run()
             return kv_L2THD
         blocks_T, offsets_T = self._slots(block_ids, start, end)
         kv = [
@@ -137,9 +137,8 @@ class PagedCache:
             for block, before in zip(blocks, saved, strict=True):
                 block.copy_(before)
             for start, end in ((0, 1), (1, P)):  # a part of a block is not all of it
-                part_L2THD = kv_L2PHD[:, :, start:end]
-                copier.scatter(part_L2THD[:, 0], part_L2THD[:, 1], [NULL_BLOCK], start)
-            copier.gather(read_L2PHD[:, 0], read_L2PHD[:, 1], [NULL_BLOCK], 0)
+                copier.scatter([_plain(kv_L2PHD[:, :, start:end], start)], [NULL_BLOCK]).run()
+            copier.gather(_plain(read_L2PHD, 0), [NULL_BLOCK]).run()
             pairs = zip((*blocks, read_L2PHD), (*expected, kv_L2PHD), strict=True)
             return all(torch.equal(_bits(one), _bits(other)) for one, other in pairs)
         finally:
@@ -152,6 +151,10 @@ class PagedCache:
         )
         _check_layout(layer, layout, shape_PHD)
         return layout
+
+
+def _plain(kv_L2THD: Tensor, start: int) -> PlainPiece:
+    return PlainPiece(key_LTHD=kv_L2THD[:, 0], value_LTHD=kv_L2THD[:, 1], start=start)
 
 
 def _bits(x: Tensor) -> Tensor:

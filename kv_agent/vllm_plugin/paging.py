@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kv_agent.errors import UnsupportedModelError
-from kv_agent.kv.block_copy import Strided
+from kv_agent.kv.block_kernels import Strided
 
 # Small integers survive bf16 (8 significant bits) exactly; an element's number travels in base-64 digits.
 _BASE = 64

@@ -217,7 +217,8 @@ class WorkerSide:
         with loading.locks[number]:
             if loading.is_given_up:  # its blocks may be somebody else's by now
                 return None
-            self._direct.write(kv_L2THD, loading.job.block_ids, chunk.start, chunk.delta)
+            piece = Piece(kv_L2THD=kv_L2THD, start=chunk.start, delta=chunk.delta)
+            self._direct.prepared([piece], loading.job.block_ids).run()
         self._note_moved("load", kv_L2THD.nbytes, began)
         return None
 

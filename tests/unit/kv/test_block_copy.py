@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,12 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kv_agent.kv.block_copy import BlockCopier, Strided
+from kv_agent.kv.block_copy import BlockCopier, Copying, PlainPiece
+from kv_agent.kv.block_kernels import Strided
+from kv_agent.kv.rope import RotaryScheme, rotate_keys, turn_of
 from kv_agent.vllm_plugin.paged_cache import PagedCache
 from tests.unit.vllm_plugin.backends import PACKED, STRIDED, Backend, Sizes, token_rows_nhd
 
 L, B, P = 3, 9, 4
 WIDE, NARROW = Sizes(B=B, P=P, H=2, D=8), Sizes(B=B, P=P, H=1, D=5)
+TALL = Sizes(B=B, P=96, H=2, D=16)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 Build = Callable[[Sizes, torch.dtype], Backend]
@@ -33,6 +37,16 @@ def random_kv(num_tokens: int, sizes: Sizes, dtype: torch.dtype, seed: int) -> T
         0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
     )
     return random_bits.view(dtype)[:, :, 1:]
+
+
+def plain(kv_L2THD: Tensor, start: int) -> PlainPiece:
+    return PlainPiece(key_LTHD=kv_L2THD[:, 0], value_LTHD=kv_L2THD[:, 1], start=start)
+
+
+def slots_of(blocks: list[int], start: int, num_tokens: int) -> Tensor:
+    return torch.tensor(
+        [blocks[at // TALL.P] * TALL.P + at % TALL.P for at in range(start, start + num_tokens)]
+    )
 
 
 def opened(build: Build, sizes: Sizes, dtype: torch.dtype) -> tuple[list[Backend], PagedCache]:
@@ -60,15 +74,54 @@ def test_it_writes_what_the_backend_writes_and_reads_what_is_there(
     copier = cache.copier
     assert copier is not None
 
-    copier.scatter(kv_L2THD[:, 0], kv_L2THD[:, 1], blocks, start)
+    copier.scatter([plain(kv_L2THD, start)], blocks).run()
     reference.write(kv_L2THD, blocks, start)
 
     for one, other in zip(ours, theirs, strict=True):
         assert torch.equal(bits(one.memory), bits(other.memory))
     read_L2THD = torch.empty_like(kv_L2THD)
-    copier.gather(read_L2THD[:, 0], read_L2THD[:, 1], blocks, start)
+    copier.gather(plain(read_L2THD, start), blocks).run()
     assert torch.equal(bits(read_L2THD), bits(kv_L2THD))
     assert torch.equal(bits(cache.read(blocks, start, start + num_tokens)), bits(kv_L2THD))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    build=st.sampled_from(STRIDED),
+    lengths=st.lists(
+        st.tuples(st.integers(1, 9), st.sampled_from([None, 1, -700, 4000])), min_size=1, max_size=4
+    ),
+    gap=st.integers(0, 40),
+    layers=st.sampled_from([(0, L), (1, 2)]),
+    seed=st.integers(0, 1000),
+)
+def test_many_pieces_are_turned_and_written_layer_by_layer(
+    build: Build, lengths: list[tuple[int, int | None]], gap: int, layers: tuple[int, int], seed: int
+) -> None:
+    ours, cache = opened(build, TALL, torch.bfloat16)
+    theirs, reference = opened(build, TALL, torch.bfloat16)
+    scheme = RotaryScheme(inv_freq=(1.0, 0.1, 0.01, 0.001, 0.2), rotary_dim=10, neox=True)
+    blocks = [5, 3, 8, 1, 2, 7, 4, 6]
+    pieces, start = [], gap
+    for number, (num_tokens, delta) in enumerate(lengths):
+        num_tokens = min(num_tokens, len(blocks) * TALL.P - start)
+        if num_tokens < 1:
+            break
+        shape = (L, 2, num_tokens, TALL.H, TALL.D)
+        kv_L2THD = torch.randn(shape, generator=torch.Generator().manual_seed(seed + number)).bfloat16()
+        turn = None if delta is None else turn_of(kv_L2THD[:, 0], delta, scheme)
+        pieces.append(replace(plain(kv_L2THD, start), turn=turn))
+        moved_L2THD = kv_L2THD.clone()
+        moved_L2THD[:, 0] = rotate_keys(kv_L2THD[:, 0], delta or 0, scheme)
+        for layer in range(*layers):
+            reference._layers[layer].write(*moved_L2THD[layer], slots_of(blocks, start, num_tokens))
+        start += num_tokens + gap
+    assert cache.copier is not None
+
+    cache.copier.scatter(pieces, blocks).run(*layers)
+
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(bits(one.memory), bits(other.memory))
 
 
 def test_threads_write_parts_of_one_block_side_by_side() -> None:
@@ -80,7 +133,7 @@ def test_threads_write_parts_of_one_block_side_by_side() -> None:
 
     def write(position: int) -> None:
         part_L2THD = kv_L2THD[:, :, position : position + 1]
-        copier.scatter(part_L2THD[:, 0], part_L2THD[:, 1], blocks, position)
+        copier.scatter([plain(part_L2THD, position)], blocks).run()
 
     for _ in range(20):
         with ThreadPoolExecutor(4) as threads:
@@ -99,8 +152,8 @@ def test_there_is_none_where_layers_differ() -> None:
 
 
 def test_there_is_none_where_it_would_not_do_as_the_backend_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(self: BlockCopier, key_LTHD: Tensor, *rest: object) -> None:
-        scatter(self, key_LTHD + 1, *rest)
+    def wrong(self: BlockCopier, pieces: list[PlainPiece], blocks: list[int]) -> Copying:
+        return scatter(self, [replace(piece, key_LTHD=piece.key_LTHD + 1) for piece in pieces], blocks)
 
     scatter = BlockCopier.scatter
     monkeypatch.setattr(BlockCopier, "scatter", wrong)
@@ -124,7 +177,7 @@ def test_what_does_not_fit_the_blocks_is_refused(num_tokens: int, blocks: list[i
     assert cache.copier is not None
 
     with pytest.raises(ValueError, match="block"):
-        cache.copier.scatter(kv_L2THD[:, 0], kv_L2THD[:, 1], blocks, start)
+        cache.copier.scatter([plain(kv_L2THD, start)], blocks)
 
     assert torch.equal(bits(backends[0].memory), bits(before))
 
@@ -135,6 +188,11 @@ def test_kv_of_another_shape_or_order_is_refused() -> None:
     copier = BlockCopier(caches_L=caches, block_items=64, shape_PHD=(P, 2, 8), key=rows, value=rows)
     for key_LTHD in (torch.zeros(L, 3, 2, 9), torch.zeros(L + 1, 3, 2, 8), torch.zeros(L, 3, 8, 2)):
         with pytest.raises(ValueError, match="does not fit"):
-            copier.scatter(key_LTHD, key_LTHD, [1], 0)
+            copier.scatter([PlainPiece(key_LTHD=key_LTHD, value_LTHD=key_LTHD, start=0)], [1])
+    fine = PlainPiece(key_LTHD=torch.zeros(L, 3, 2, 8), value_LTHD=torch.zeros(L, 3, 2, 8), start=0)
     with pytest.raises(ValueError, match="contiguous"):
-        copier.scatter(torch.zeros(L, 2, 3, 8).transpose(1, 2), torch.zeros(L, 3, 2, 8), [1], 0)
+        copier.scatter([replace(fine, key_LTHD=torch.zeros(L, 2, 3, 8).transpose(1, 2))], [1])
+    with pytest.raises(ValueError, match="must be torch"):
+        copier.scatter([replace(fine, value_LTHD=fine.value_LTHD.half())], [1])
+    with pytest.raises(ValueError, match="turned"):
+        copier.scatter([replace(fine, turn=(torch.ones(4), torch.zeros(4)))], [1])

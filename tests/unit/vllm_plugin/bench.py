@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from kv_agent.chunks import ChunkKey, ChunkRecord, TurnId, TurnRecord
-from kv_agent.kv.block_copy import BlockCopier, Strided
+from kv_agent.kv.block_copy import BlockCopier, Copying
+from kv_agent.kv.block_kernels import Strided
 from kv_agent.kv.rope import RotaryScheme
 from kv_agent.storage.store import LocalStore, NewChunk
 from kv_agent.storage.turn_writes import AddResult
@@ -37,9 +38,9 @@ class DenseCopier(BlockCopier):
 
     cache: DenseCache
 
-    def scatter(self, *arguments: Any) -> None:
+    def scatter(self, *arguments: Any) -> Copying:
         self.cache._fail_if_broken()
-        super().scatter(*arguments)
+        return super().scatter(*arguments)
 
 
 class DenseCache:
