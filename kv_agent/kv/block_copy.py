@@ -84,7 +84,7 @@ class BlockCopier:
         blocks = np.array(block_ids, dtype=np.int64)
         for piece in pieces:
             self._require_fit(piece, blocks)
-        # One code for pieces that are turned and others: it is made when an engine starts, not amid a request.
+        # One code for pieces that are turned and others: it is made when an engine starts, not later.
         turns = to_blocks and self.caches_L[0].dtype == torch.bfloat16
         keys = [_Plain.of(piece.key_LTHD) for piece in pieces]
         values = [_Plain.of(piece.value_LTHD) for piece in pieces]

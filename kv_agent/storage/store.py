@@ -34,7 +34,7 @@ from kv_agent.storage.policy import Policy, policy_named
 from kv_agent.storage.ranking import AccessWindow
 from kv_agent.storage.retention import Retention, default_disk_bytes
 from kv_agent.storage.tier_stack import TierStack, memory_tiers
-from kv_agent.storage.tiers import DiskTier
+from kv_agent.storage.tiers import DiskTier, TierWatcher
 from kv_agent.storage.turn_writes import AddResult, UnknownChunkError
 
 logger = logging.getLogger(__name__)
@@ -73,12 +73,11 @@ class LocalStore:
     """One directory that any number of threads and processes on this machine may share.
 
     ``device_bytes``, ``host_bytes`` and ``warm_bytes`` bound this process's copies of chunks, see
-    :mod:`~kv_agent.storage.tier_stack`; ``device`` is where the engine needs KV.
-    ``fsync`` says whether storing waits until the disk has the bytes. ``policy`` says who goes first where
-    there is no room, on disk and in the tiers, unless a namespace names its own. ``disk_bytes`` is what the
-    files of all namespaces may take, by default most of what is free, see
-    :func:`~kv_agent.storage.retention.default_disk_bytes`. Storing a turn makes room for it, unless
-    ``makes_room`` leaves that to another process, which calls :meth:`make_room`.
+    :mod:`~kv_agent.storage.tier_stack`; ``device`` is where the engine needs KV. ``fsync`` says whether
+    storing waits until the disk has the bytes. ``policy`` says who goes first where there is no room, on disk
+    and in the tiers, unless a namespace names its own. ``disk_bytes`` is what the files of all namespaces may
+    take, by default most of what is free, see :func:`~kv_agent.storage.retention.default_disk_bytes`. Storing
+    a turn makes room for it, unless ``makes_room`` leaves that to another process, see :meth:`make_room`.
     """
 
     def __init__(
@@ -111,7 +110,6 @@ class LocalStore:
             device=device,
             policy=policy,
         )
-        accesses = AccessWindow(promote_after)
         self._catalog = Catalog(root / "catalog.sqlite3", fsync)
         if disk_bytes is None:
             used_bytes = self._catalog.ledger.held(None).num_bytes
@@ -122,7 +120,7 @@ class LocalStore:
         self._tiers = TierStack(
             memory,
             DiskTier(self._read, self.disk_counts),
-            accesses,
+            AccessWindow(promote_after),
             ThreadPoolExecutor(1, "kv-agent-tiers", initializer=use_own_cpus),
         )
 
@@ -186,6 +184,14 @@ class LocalStore:
         """
         return self._tiers.load(record)
 
+    def note_use(self, record: ChunkRecord) -> None:
+        """Somebody uses a chunk that was in memory without :meth:`load`: count that all the same."""
+        self._tiers.note_use(record)
+
+    def watch_memory(self, watcher: TierWatcher) -> None:
+        """Tell ``watcher`` which chunks come into memory as tensors from now on, and go again."""
+        self._tiers.watch(watcher)
+
     def stored(self, record: ChunkRecord) -> Payload:
         """The chunk as its bytes are on disk, verified; raises as :meth:`load` does."""
         payload = self._blobs.read_chunk(record.blob, record.tensor)
@@ -221,11 +227,8 @@ class LocalStore:
     def disk_counts(self) -> dict[str, int]:
         """``bytes`` of the files, ``chunks`` in them, and the ``limit`` of the bytes."""
         ledger = self._catalog.ledger
-        return {
-            "bytes": ledger.held(None).num_bytes,
-            "chunks": ledger.totals().num_chunks,
-            "limit": self._disk_bytes,
-        }
+        num_bytes, num_chunks = ledger.held(None).num_bytes, ledger.totals().num_chunks
+        return {"bytes": num_bytes, "chunks": num_chunks, "limit": self._disk_bytes}
 
     def free_bytes(self) -> int:
         """How many more bytes the disk takes, whatever the limit."""

@@ -22,7 +22,17 @@ from kv_agent.chunks import ChunkKey, ChunkRecord
 from kv_agent.errors import ConfigError, CorruptChunkError
 from kv_agent.storage.policy import Policy, Usage
 from kv_agent.storage.ranking import AccessWindow
-from kv_agent.storage.tiers import Compressed, DiskTier, Form, Held, MemoryTier, OnDevice, OnHost, Tier
+from kv_agent.storage.tiers import (
+    Compressed,
+    DiskTier,
+    Form,
+    Held,
+    MemoryTier,
+    OnDevice,
+    OnHost,
+    Tier,
+    TierWatcher,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -102,14 +112,20 @@ class TierStack:
 
         Raises what the disk raises.
         """
-        with self._lock:
-            moves_up = self._accesses.note(record.key)
-        with self._moving(record.key) as move:
-            tier_idx, kv_L2THD = self._found(record)
-            if not moves_up:
-                return kv_L2THD
-            chunk = self._chunk(record, kv_L2THD, num_hits=1)
-            return self._place(move, chunk, range(tier_idx), is_promotion=True)
+        with self._look_up(record) as (move, moves_up):
+            tier_idx, kv_L2THD = self._found(record) or (len(self._memory), self._disk.get(record))
+            return self._moved_up(move, record, tier_idx, kv_L2THD) if moves_up else kv_L2THD
+
+    def note_use(self, record: ChunkRecord) -> None:
+        """A look-up of a chunk that somebody has in hand: it counts where a tier in memory has a copy."""
+        with self._look_up(record) as (move, moves_up):
+            if (found := self._found(record)) is not None and moves_up:
+                self._moved_up(move, record, *found)
+
+    def watch(self, watcher: TierWatcher) -> None:
+        """Tell ``watcher`` which chunks are in memory as they are, of all that come from now on."""
+        for tier in self._memory:
+            tier.watch(watcher)
 
     def put(self, record: ChunkRecord, kv_L2THD: Tensor) -> None:
         """Keep a copy of a chunk that is on the disk now; ``kv_L2THD`` is never modified afterwards."""
@@ -156,8 +172,21 @@ class TierStack:
         )
         return _Chunk(key=record.key, checksum=record.checksum, kv_L2THD=kv_L2THD, usage=usage)
 
-    def _found(self, record: ChunkRecord) -> tuple[int, Tensor]:
-        """The chunk, and the index of the tier that gave it."""
+    @contextmanager
+    def _look_up(self, record: ChunkRecord) -> Iterator[tuple[_Move, bool]]:
+        """A move that may be made of it, and whether it is asked for often enough to be made."""
+        with self._lock:
+            moves_up = self._accesses.note(record.key)
+        with self._moving(record.key) as move:
+            yield move, moves_up
+
+    def _moved_up(self, move: _Move, record: ChunkRecord, tier_idx: int, kv_L2THD: Tensor) -> Tensor:
+        """What that tier gave, put into a faster one if there is one."""
+        chunk = self._chunk(record, kv_L2THD, num_hits=1)
+        return self._place(move, chunk, range(tier_idx), is_promotion=True)
+
+    def _found(self, record: ChunkRecord) -> tuple[int, Tensor] | None:
+        """The chunk, and the index of the tier in memory that gave it."""
         for tier_idx, tier in enumerate(self._memory):
             try:
                 kv_L2THD = tier.get(record)
@@ -168,7 +197,7 @@ class TierStack:
                 continue
             if kv_L2THD is not None:
                 return tier_idx, kv_L2THD
-        return len(self._memory), self._disk.get(record)
+        return None
 
     def _place(self, move: _Move, chunk: _Chunk, tiers: range, *, is_promotion: bool) -> Tensor:
         """Put a chunk into the first of these tiers that can hold it -> as it is there.

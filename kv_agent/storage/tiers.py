@@ -136,6 +136,13 @@ class Held:
     usage: Usage
 
 
+class TierWatcher(Protocol):
+    """Is told what comes into a tier and goes, at once and in that order; must not ask the tier anything."""
+
+    def entered(self, key: ChunkKey, checksum: str, kv_L2THD: Tensor) -> None: ...
+    def left(self, key: ChunkKey) -> None: ...
+
+
 class MemoryTier:
     """Copies of chunks in one form and ``limit_bytes`` at most; beyond, those of the lowest rank go.
 
@@ -156,7 +163,13 @@ class MemoryTier:
         self._held: dict[ChunkKey, Held] = {}
         self._ranking = Ranking()
         self._hits = self._promotions = self._demotions = 0
+        self._watcher: TierWatcher | None = None
         self._lock = threading.Lock()
+
+    def watch(self, watcher: TierWatcher) -> None:
+        """Tell ``watcher`` of all that comes from now on, if it is here as a tensor."""
+        with self._lock:
+            self._watcher = None if self._form.shrinks else watcher
 
     def get(self, record: ChunkRecord) -> Tensor | None:
         with self._lock:
@@ -191,6 +204,8 @@ class MemoryTier:
             self._held[held.key] = held
             self._used_bytes += held.payload.nbytes
             self._ranking.put(held.key, self._policy.rank(held.usage))
+            if self._watcher is not None and isinstance(held.payload, Tensor):
+                self._watcher.entered(held.key, held.checksum, held.payload)
             self._promotions += is_promotion
             while self._used_bytes > self.limit_bytes:
                 lowest = self._take(self._ranking.lowest())
@@ -225,4 +240,6 @@ class MemoryTier:
         if held is not None:
             self._ranking.remove(key)
             self._used_bytes -= held.payload.nbytes
+            if self._watcher is not None:
+                self._watcher.left(key)
         return held

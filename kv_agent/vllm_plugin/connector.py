@@ -100,6 +100,7 @@ class KVAgentConnector(KVConnectorBase_V1):
         self._block_tokens = int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
+        self._layer_numbers: dict[str, int] = {}
         self._tally = Tally()
         if role is KVConnectorRole.SCHEDULER:
             self._start_scheduler()
@@ -205,6 +206,7 @@ class KVAgentConnector(KVConnectorBase_V1):
             scheme = _model_rope()
         layers = self._vllm_config.compilation_config.static_forward_context
         cache = PagedCache([_paged_layer(layers[name]) for name in kv_caches], self._block_tokens)
+        self._layer_numbers = {name: number for number, name in enumerate(kv_caches)}
         budgets = memory_budgets(available_bytes(), self._config.host_bytes, self._config.warm_bytes)
         self._worker = WorkerSide(
             cache,
@@ -237,11 +239,16 @@ class KVAgentConnector(KVConnectorBase_V1):
             raise ConfigError(f"pooled_layers {list(wanted)} are all beyond the model's {num_layers} layers")
         return layers
 
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        """Every step begins with this, while :meth:`start_load_kv` may come behind its forward pass."""
+        super().bind_connector_metadata(connector_metadata)
+        self._moving.begin(self._jobs)
+
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
-        self._moving.start(self._jobs, idle=forward_context.attn_metadata is None)
+        self._moving.start(idle=forward_context.attn_metadata is None)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        return None
+        self._moving.wait_for_layer(self._layer_numbers[layer_name])
 
     def save_kv_layer(
         self, layer_name: str, kv_layer: Tensor, attn_metadata: AttentionMetadata, **kwargs: Any

@@ -24,11 +24,15 @@ class ChunkLoad:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadJob:
-    """Fill a waiting request's blocks with these chunks, in order of position."""
+    """Fill a request's blocks with these chunks, in order of position.
+
+    It waits for that, unless ``at_once``: then this step computes on them, which all are in memory.
+    """
 
     request_id: str
     block_ids: tuple[int, ...]
     chunks: tuple[ChunkLoad, ...]
+    at_once: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,12 +89,24 @@ class ProbeJob:
 
 @dataclass(slots=True, kw_only=True)
 class StepJobs:
-    """Scheduler to worker, once per engine step. With ``num_tokens`` the worker tells how long it took."""
+    """Scheduler to worker, once per engine step. With ``num_tokens`` the worker tells how long it took.
+
+    ``heard`` is the number of the last report of what is in memory.
+    """
 
     loads: list[LoadJob] = field(default_factory=list)
     captures: list[CaptureJob] = field(default_factory=list)
     probes: list[ProbeJob] = field(default_factory=list)
     num_tokens: int = 0
+    heard: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResidentChanges:
+    """Chunks that came into memory, with their checksum, or went (``None``), since the report before."""
+
+    number: int
+    checksums: Mapping[ChunkKey, str | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,12 +126,14 @@ class WorkerReport:
     probes: dict[str, bytes] = field(default_factory=dict)
     settled: dict[TurnId, str | None] = field(default_factory=dict)  # None: durable; else why not
     steps: list[tuple[int, float]] = field(default_factory=list)  # tokens computed, seconds that took
+    residents: ResidentChanges | None = None
 
     def merge(self, other: WorkerReport) -> None:
+        """Take in a later report, but for what is in memory: that is for one to tell."""
         self.loaded.update(other.loaded)
         self.probes.update(other.probes)
         self.settled.update(other.settled)
         self.steps += other.steps
 
     def __bool__(self) -> bool:
-        return bool(self.loaded or self.probes or self.settled or self.steps)
+        return bool(self.loaded or self.probes or self.settled or self.steps or self.residents)

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import base64
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, wait
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from concurrent.futures import wait
+from typing import Any
 
-from kv_agent.chunks import ChunkKey, Fingerprint, Scope, TurnId, root_key
+from kv_agent.chunks import ChunkKey, Fingerprint, Scope, root_key
 from kv_agent.config import PluginConfig, RequestOptions, parse
 from kv_agent.errors import ConfigError
 from kv_agent.vllm_plugin.accounting import sources_of
-from kv_agent.vllm_plugin.chains import ChainIndex, cut_segments, walk
+from kv_agent.vllm_plugin.capturing import Capturing
 from kv_agent.vllm_plugin.guard import attempt
-from kv_agent.vllm_plugin.jobs import CaptureJob, LoadFailure, LoadJob, ProbeJob, StepJobs, WorkerReport
+from kv_agent.vllm_plugin.jobs import LoadFailure, LoadJob, ProbeJob, ResidentChanges, StepJobs, WorkerReport
 from kv_agent.vllm_plugin.pace import Pace
 from kv_agent.vllm_plugin.plan import CheckedPlan, Refusal, Refused, refuse_all
-from kv_agent.vllm_plugin.resolver import Resolved, Resolver
+from kv_agent.vllm_plugin.request_state import EngineRequest, RequestState
+from kv_agent.vllm_plugin.resolver import Resolver
 from kv_agent.vllm_plugin.salts import SaltLedger
 from kv_agent.vllm_plugin.signing import signing_key, verified
 
@@ -31,44 +30,6 @@ RESOLVE_TIMEOUT_S = 5.0
 
 # So long the only request waits for its look-up here: an idle step would take longer, and nobody else waits.
 ALONE_WAIT_S = 0.003
-
-
-class EngineRequest(Protocol):
-    """The part of vLLM's ``Request`` that decisions need."""
-
-    request_id: str
-    prompt_token_ids: list[int] | None
-    num_prompt_tokens: int
-    num_computed_tokens: int
-    cache_salt: str | None
-    kv_transfer_params: dict[str, Any] | None
-    lora_request: Any
-    mm_features: list[Any]
-    prompt_embeds: Any
-
-    @property
-    def all_token_ids(self) -> Sequence[int]: ...
-
-
-@dataclass(slots=True, kw_only=True)
-class _State:
-    """One request while it is in the engine."""
-
-    options: RequestOptions
-    scope: Scope
-    prompt: list[int]
-    salt: str | None
-    resolved: Future[Resolved] | None = None
-    resolve_deadline: float = 0.0
-    plan: CheckedPlan
-    known: ChainIndex = field(default_factory=ChainIndex)
-    asked: bool = False  # vLLM looked for cached tokens and has not admitted the request since
-    local: int = 0  # tokens of vLLM's own prefix cache at the last look-up
-    cached_end: int = 0  # end of the tokens cached at admission: the local hit and what we load behind it
-    trusted: bool = True  # whether the local hit surely holds what the plan says
-    pays: bool | None = None  # whether to load, once that was decided
-    probe: bytes | None = None
-    error: str | None = None
 
 
 class SchedulerSide:
@@ -89,15 +50,15 @@ class SchedulerSide:
         self._resolver = resolver
         self._block_tokens = block_tokens
         self._prefix_caching = prefix_caching
-        self._clock = clock
         self._signing_key = signing_key()
         self._pace = Pace(decides=config.load == "faster")
-        self._states: dict[str, _State] = {}
+        self._states: dict[str, RequestState] = {}
         self._probing: set[str] = set()
         self._living: set[str] = set()  # requests in the engine, ours and others
         self._jobs = StepJobs()
-        self._pending = ChainIndex()  # captured here, not yet reported durable
-        self._pending_keys: dict[TurnId, tuple[ChunkKey, ...]] = {}
+        self._capturing = Capturing(fingerprint, config.chunk_tokens, clock)
+        self._residents: dict[ChunkKey, str] = {}  # in the worker's memory as we have heard, with checksums
+        self._heard = 0
         self._salts = SaltLedger()
         self.counters: Counter[str] = Counter()
 
@@ -122,7 +83,7 @@ class SchedulerSide:
             options, error = RequestOptions(store=False), str(err)
         scope = options.scope.to_scope() if options.scope else Scope()
         root = root_key(self._fingerprint, scope.namespace, scope.user_id)
-        state = _State(
+        state = RequestState(
             options=options,
             scope=scope,
             prompt=request.prompt_token_ids or [],
@@ -131,7 +92,7 @@ class SchedulerSide:
             error=error,
         )
         self._states[request.request_id] = state
-        obstacle = self._obstacle(request, options)
+        obstacle = self._obstacle(request)
         captures = options.scope is not None and options.store and obstacle is None
         if options.plan is not None and (reason := obstacle or self._no_injection(request, options)):
             self._refuse(state, refuse_all(options.plan, root, reason))
@@ -159,7 +120,10 @@ class SchedulerSide:
         count = max(0, state.plan.reach(num_computed) - num_computed)
         if count and state.pays is None:
             state.pays = self._pace.pays(count)
-        return (count, True) if count and state.pays else (0, False)
+        if not count or not state.pays:
+            return 0, False
+        state.at_once = self._can_load_at_once(state, num_computed, num_computed + count)
+        return count, not state.at_once
 
     def allocated(self, request_id: str, block_ids: Sequence[int], num_external: int) -> None:
         """vLLM admits the request and has reserved blocks for the ``num_external`` tokens of ``match``.
@@ -173,8 +137,14 @@ class SchedulerSide:
         state.cached_end = end = state.local + num_external
         state.trusted = self._agrees(state)
         if num_external:
-            chunks = state.plan.loads(state.local, end)
-            self._jobs.loads.append(LoadJob(request_id=request_id, block_ids=tuple(block_ids), chunks=chunks))
+            job = LoadJob(
+                request_id=request_id,
+                block_ids=tuple(block_ids),
+                chunks=state.plan.loads(state.local, end),
+                at_once=state.at_once,
+            )
+            self._jobs.loads.append(job)
+        if num_external and not state.at_once:
             self._pace.begin_load(request_id, num_external)
         else:
             self._record_moves(state)
@@ -204,9 +174,12 @@ class SchedulerSide:
         """What the worker is to do in a step that computes so many tokens."""
         jobs, self._jobs = self._jobs, StepJobs()
         jobs.num_tokens = num_tokens if self._pace.decides else 0
+        jobs.heard = self._heard
         return jobs
 
     def report(self, report: WorkerReport) -> None:
+        if report.residents is not None:
+            self._note_residents(report.residents)
         for step in report.steps:
             self._pace.computed(*step)
         for request_id, failure in report.loaded.items():
@@ -220,7 +193,7 @@ class SchedulerSide:
             if request_id in self._states:
                 self._states[request_id].probe = vector
         for turn_id, trouble in report.settled.items():
-            self._pending.discard(self._pending_keys.pop(turn_id, ()))
+            self._capturing.settled(turn_id)
             self.counters[f"turns|{'stored' if trouble is None else 'lost'}"] += 1
 
     def finished(
@@ -237,7 +210,8 @@ class SchedulerSide:
             return False, None
         self._settle(state)
         answer = self._reuse(state, request.num_prompt_tokens)
-        job = self._capture(state, request, block_ids) if complete else None
+        may_store = complete and state.error is None and self._obstacle(request) is None
+        job = self._capturing.job(state, request, block_ids) if may_store else None
         if job is not None:
             self._jobs.captures.append(job)
             answer["turn_id"] = job.turn_id
@@ -245,7 +219,7 @@ class SchedulerSide:
 
     # -- decisions ----------------------------------------------------------------------------------
 
-    def _obstacle(self, request: EngineRequest, options: RequestOptions) -> Refusal | None:
+    def _obstacle(self, request: EngineRequest) -> Refusal | None:
         """What keeps this request's KV from being named by its token ids alone."""
         if request.lora_request is not None:
             return Refusal.LORA
@@ -260,7 +234,21 @@ class SchedulerSide:
             return Refusal.NO_SALT
         return None
 
-    def _settle(self, state: _State) -> bool:
+    def _can_load_at_once(self, state: RequestState, start: int, end: int) -> bool:
+        """Whether all of it is in memory, so that the step which computes the rest can begin."""
+        loads = state.plan.loads(start, end)
+        there = (self._residents.get(load.record.key) == load.record.checksum for load in loads)
+        return all(there)
+
+    def _note_residents(self, changes: ResidentChanges) -> None:
+        self._heard = changes.number
+        for key, checksum in changes.checksums.items():
+            if checksum is None:
+                self._residents.pop(key, None)
+            else:
+                self._residents[key] = checksum
+
+    def _settle(self, state: RequestState) -> bool:
         """Take the look-up's result if it is there; ``False`` while it is worth waiting for."""
         if state.resolved is None:
             return True
@@ -280,30 +268,30 @@ class SchedulerSide:
         state.resolved = None
         return True
 
-    def _refuse(self, state: _State, plan: CheckedPlan) -> None:
+    def _refuse(self, state: RequestState, plan: CheckedPlan) -> None:
         state.plan = plan
         for refused in plan.refused:
             self.counters[f"refused_chunks|{refused.reason}"] += 1
 
-    def _load_failed(self, state: _State, failure: LoadFailure) -> None:
+    def _load_failed(self, state: RequestState, failure: LoadFailure) -> None:
         self.counters[f"load_failures|{failure.reason}"] += 1
         # vLLM keeps whole valid blocks and asks again only when not even one is left.
         state.cached_end = failure.start - failure.start % self._block_tokens
         state.plan = state.plan.without(failure.key, failure.start, failure.reason)
         # A moved chunk may have begun in the local hit; the plan no longer tells of it.
         state.trusted = state.trusted and self._agrees(state)
-        for index in (self._pending, state.known):
-            index.discard([failure.key])  # so that what is computed now is stored again
+        self._capturing.lost([failure.key])
+        state.known.discard([failure.key])  # so that what is computed now is stored again
 
-    def _agrees(self, state: _State) -> bool:
+    def _agrees(self, state: RequestState) -> bool:
         return self._salts.agrees(state.salt, state.plan.moves(state.local), state.local)
 
-    def _record_moves(self, state: _State) -> None:
+    def _record_moves(self, state: RequestState) -> None:
         """Before vLLM can cache the request's blocks: note what they will hold."""
         if state.salt is not None:
             self._salts.record(state.salt, state.plan.moves(state.cached_end))
 
-    def _reuse(self, state: _State, num_prompt_tokens: int) -> dict[str, Any]:
+    def _reuse(self, state: RequestState, num_prompt_tokens: int) -> dict[str, Any]:
         """Tokens of the prompt by where their KV came from, and what was refused."""
         sources = sources_of(
             state.plan,
@@ -329,71 +317,6 @@ class SchedulerSide:
         if state.probe is not None:
             answer["probe"] = base64.b64encode(state.probe).decode()
         return answer
-
-    def _capture(self, state: _State, request: EngineRequest, block_ids: Sequence[int]) -> CaptureJob | None:
-        options = state.options
-        if options.scope is None or not options.store or state.error is not None:
-            return None
-        base = state.plan.base(state.cached_end) if state.trusted else None
-        if self._obstacle(request, options) is not None or base is None:
-            return None
-        context, start = base
-        base_end = start
-        tokens = request.all_token_ids
-        end = min(request.num_computed_tokens, len(tokens) - 1)  # the last sampled token has no KV
-        known = walk(context, tokens[:end], start, self._lengths_of(state), self._exists(state))
-        if known:
-            context, start = known[-1].key, known[-1].end
-        # Where the turn's own content begins: as told, else behind the plan, else with the new tokens.
-        first = options.content_start
-        if first is None:
-            first = options.plan.fresh_start if options.plan is not None else start
-        split = min(max(start, first), end)
-        cut = self._config.chunk_tokens
-        if options.part_of:
-            split = end
-        before = cut_segments(context, tokens, start, split, cut, self._fingerprint)
-        context = before[-1].key if before else context
-        content = cut_segments(context, tokens, split, end, cut, self._fingerprint)
-        stored = tuple(chunk for chunk in known if chunk.start >= first and not options.part_of)
-        held = self._held(state, tokens, first, base_end)
-        if not content and not stored and not before:
-            return None  # all of it is stored already
-        created = self._clock()
-        job = CaptureJob(
-            request_id=request.request_id,
-            block_ids=tuple(block_ids),
-            turn_id=TurnId(uuid.uuid4().hex),
-            scope=state.scope,
-            fingerprint=self._fingerprint,
-            context=before,
-            content=content,
-            content_keys=tuple(map(ChunkKey, options.part_of))
-            or (*held, *(c.key for c in stored), *(s.key for s in content)),
-            content_tokens=tuple(tokens[first if held else min([c.start for c in stored] + [split]) : end]),
-            created=created,
-            metadata=options.metadata,
-            expires=None if options.ttl_s is None else created + options.ttl_s,
-            is_part=bool(options.part_of),
-        )
-        for segment in job.segments:
-            self._pending.add(segment.parent, segment.key, len(segment.token_ids))
-        self._pending_keys[job.turn_id] = tuple(segment.key for segment in job.segments)
-        return job
-
-    def _held(self, state: _State, tokens: Sequence[int], first: int, end: int) -> tuple[ChunkKey, ...]:
-        """Placed chunks that are the turn's own content ``[first, end)``, if they are all of it."""
-        if state.options.part_of or first >= end:
-            return ()
-        held = state.plan.holding(first, end)
-        said = tuple(token for chunk in held for token in chunk.record.token_ids)
-        return tuple(chunk.record.key for chunk in held) if said == tuple(tokens[first:end]) else ()
-
-    def _lengths_of(self, state: _State) -> Callable[[ChunkKey], list[int]]:
-        return lambda parent: [*state.known.lengths(parent), *self._pending.lengths(parent)]
-
-    def _exists(self, state: _State) -> Callable[[Sequence[ChunkKey]], set[ChunkKey]]:
-        return lambda keys: {k for k in keys if k in state.known or k in self._pending}
 
 
 def _as_dict(refused: Refused) -> dict[str, str]:

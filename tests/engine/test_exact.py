@@ -59,6 +59,17 @@ def test_the_same_plan_again_hits_the_local_cache_and_says_so(
     assert two.reuse.chunk_ids == one.reuse.chunk_ids
 
 
+def test_what_is_in_memory_is_put_back_bit_by_bit_each_time(
+    first_life: FirstLife, engine: VllmEngine
+) -> None:
+    """The first time it comes from disk; then it is in memory, and the step that computes puts it back."""
+    for number in range(4):
+        again = resume(engine, first_life.conversation, first_life.chunks, f"in memory {number}")
+        assert again.reuse.exact == len(support.tokens_of(first_life.chunks))
+        assert again.token_ids == first_life.resumed.token_ids
+        assert again.logprobs == first_life.resumed.logprobs
+
+
 def test_a_conversation_that_goes_on_stores_only_its_new_tokens(
     first_life: FirstLife, engine: VllmEngine, catalog: Catalog
 ) -> None:

@@ -161,6 +161,7 @@ class Bench:
             decode=lambda ids: " ".join(map(str, ids)),
         )
         self.report = WorkerReport()
+        self.told: dict[ChunkKey, str | None] = {}  # what is in memory
         self.sent: set[str] = set()
         self.received: set[str] = set()
         self.invalid_blocks: set[int] = set()
@@ -172,13 +173,17 @@ class Bench:
 
     def step(self, **jobs: list) -> None:
         step_jobs = StepJobs(**jobs)
-        self.worker.start(step_jobs)
+        self.worker.begin(step_jobs)
+        self.worker.start()
         self.worker.save(step_jobs)
         sent, received = self.worker.take_finished()
         self.sent |= sent
         self.received |= received
         self.invalid_blocks |= self.worker.take_invalid_blocks()
-        self.report.merge(self.worker.take_report())
+        report = self.worker.take_report()
+        self.report.merge(report)
+        if report.residents is not None:
+            self.told |= report.residents.checksums
 
     def step_until(self, done: Callable[[], bool]) -> None:
         deadline = time.monotonic() + WAIT_S

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from kv_agent.chunks import ChunkKey, ChunkRecord
-from kv_agent.vllm_plugin.jobs import CaptureJob, LoadFailure, WorkerReport
+from kv_agent.vllm_plugin.jobs import CaptureJob, ChunkLoad, LoadFailure, ResidentChanges, WorkerReport
 from tests.unit.vllm_plugin.builders import ROOT, FakeCatalog, Placed, plan_options
 from tests.unit.vllm_plugin.scheduling import BLOCK, Desk, FakeRequest, request
 
@@ -46,6 +46,8 @@ class Engine:
     past: list[tuple[list[int], list[Placed], int]] = field(default_factory=list)
     running: list[Generator[None]] = field(default_factory=list)
     number: int = 0
+    residents: dict[ChunkKey, str | None] = field(default_factory=dict)  # as the desk was told
+    num_reports: int = 0
 
     def step(self) -> None:
         if self.rng.random() < 0.05:
@@ -172,11 +174,20 @@ class Engine:
         tokens = list(one.all_token_ids)
         while True:
             kv = self._local_hit(one.cache_salt, tokens)
+            self._tell_residents()
             count = self.desk.ask(one.request_id, len(kv))
             self.desk.side.allocated(one.request_id, self.desk.blocks_of(one), count)
             if count == 0:
                 return kv
             (job,) = self.desk.side.take_jobs().loads
+            if job.at_once:  # nothing goes wrong with those, and the blocks are vLLM's to share from now on
+                assert all(self.residents.get(load.record.key) == "" for load in job.chunks)
+                for load in job.chunks:
+                    self._put(kv, load)
+                assert len(kv) < len(tokens)
+                self._keep_blocks(one.cache_salt, tokens, kv)
+                yield
+                return kv
             yield
             if self.rng.random() < 0.05:
                 self.desk.side.finished(one, job.block_ids, complete=False)
@@ -187,9 +198,7 @@ class Engine:
                 if self.rng.random() < 0.2:
                     failure = LoadFailure(key=load.record.key, start=load.start, reason="unreadable")
                     break
-                moved = [(h, position + load.delta) for h, position in self._as_stored(load.record)]
-                assert load.start == len(kv)
-                kv += moved[load.skip :]
+                self._put(kv, load)
             self.desk.side.report(WorkerReport(loaded={one.request_id: failure}))
             if failure is not None:
                 if self.rng.random() < 0.5:
@@ -200,6 +209,23 @@ class Engine:
             if kv:  # else vLLM looks for cached tokens once more
                 self.desk.side.allocated(one.request_id, self.desk.blocks_of(one), 0)
                 return kv
+
+    def _put(self, kv: list[Kv], load: ChunkLoad) -> None:
+        moved = [(h, position + load.delta) for h, position in self._as_stored(load.record)]
+        assert load.start == len(kv)
+        kv += moved[load.skip :]
+
+    def _tell_residents(self) -> None:
+        """Chunks come into memory and go; now and then it is other bytes that are there."""
+        if self.rng.random() < 0.5:
+            return
+        keys = list(self.desk.catalog.records)
+        some = self.rng.sample(keys, min(len(keys), 8))
+        changes = {key: self.rng.choice(["", "", "", "other bytes", None]) for key in some}
+        self.num_reports += 1
+        residents = ResidentChanges(number=self.num_reports, checksums=changes)
+        self.desk.side.report(WorkerReport(residents=residents))
+        self.residents |= changes
 
     def _as_stored(self, record: ChunkRecord) -> list[Kv]:
         kv = self.stored[record.key]

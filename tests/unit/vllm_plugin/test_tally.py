@@ -61,7 +61,7 @@ def test_what_the_plugin_counts_is_known_from_the_start() -> None:
         assert family in GAUGES or value in COUNTERS[family].known, f"{family}|{value}"
 
     reasons = set()
-    for node in ast.walk(ast.parse((PLUGIN / "worker.py").read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse((PLUGIN / "loading.py").read_text(encoding="utf-8"))):
         match node:
             case (
                 ast.Assign(targets=[ast.Name(id="reason")], value=said)

@@ -11,7 +11,7 @@ import pytest
 
 from kv_agent.chunks import ChunkRecord, TurnId
 from kv_agent.errors import StorageError
-from kv_agent.vllm_plugin import worker as worker_module
+from kv_agent.vllm_plugin import loading
 from kv_agent.vllm_plugin.jobs import LoadFailure, LoadJob
 from tests.unit.storage.builders import same_bits
 from tests.unit.vllm_plugin.bench import WAIT_S, Bench, capture_job, load_job, slots
@@ -151,7 +151,7 @@ def test_an_unexpected_error_fails_the_load_and_not_the_engine(
 def test_a_load_that_takes_too_long_is_given_up_and_never_written(
     bench: Bench, three: list[ChunkRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_module, "LOAD_TIMEOUT_S", 0.02)
+    monkeypatch.setattr(loading, "LOAD_TIMEOUT_S", 0.02)
     bench.store.may_load.clear()
     target = load_job(three, at=2)
     before = bench.cache.memory_L2SHD.clone()
@@ -162,7 +162,7 @@ def test_a_load_that_takes_too_long_is_given_up_and_never_written(
     assert bench.invalid_blocks == {20, 12, 17, 11, 14}
     assert not any(one.quarantined for one in bench.store.catalog.chunks([three[0].key]).values())
     bench.store.may_load.set()
-    monkeypatch.setattr(worker_module, "LOAD_TIMEOUT_S", WAIT_S)
+    monkeypatch.setattr(loading, "LOAD_TIMEOUT_S", WAIT_S)
     bench.received.clear()
     other = LoadJob(request_id="other", block_ids=(2, 6, 7, 8), chunks=load_job(three).chunks)
     assert bench.load(other) is None  # the readers are free again, so the late result is there, too

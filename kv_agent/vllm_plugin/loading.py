@@ -1,0 +1,300 @@
+"""Puts stored chunks into waiting requests' blocks: read in the background, or at once and layer by layer."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from functools import partial
+
+from torch import Tensor
+
+from kv_agent.chunks import ChunkRecord
+from kv_agent.errors import CorruptChunkError, StorageError
+from kv_agent.kv.rope import RotaryScheme, prepare_rotation
+from kv_agent.machine import use_own_cpus
+from kv_agent.storage.blobs import MissingBlobError
+from kv_agent.storage.store import LocalStore
+from kv_agent.vllm_plugin.direct import DirectWriter
+from kv_agent.vllm_plugin.guard import attempt
+from kv_agent.vllm_plugin.jobs import ChunkLoad, LoadFailure, LoadJob
+from kv_agent.vllm_plugin.layer_by_layer import LayerByLayer, LayerWork
+from kv_agent.vllm_plugin.paged_cache import PagedCache
+from kv_agent.vllm_plugin.residents import Residents
+from kv_agent.vllm_plugin.staging import Piece, Staging
+
+logger = logging.getLogger(__name__)
+
+# A load that takes longer is given up and its tokens are computed; what arrives later is dropped.
+LOAD_TIMEOUT_S = 30.0
+
+# How long a step without a forward pass waits for a read; the engine polls us in such steps anyway.
+IDLE_WAIT_S = 0.005
+
+# What became of a chunk: in the cache already (none left), to be put there, or lost.
+_Fetched = Tensor | LoadFailure | None
+
+
+@dataclass(slots=True, kw_only=True)
+class _Loading:
+    """A job whose chunks are read side by side. Whoever writes one into the cache holds its lock."""
+
+    job: LoadJob
+    deadline: float
+    locks: tuple[threading.Lock, ...]
+    reads: tuple[Future[_Fetched], ...] = ()
+    is_given_up: bool = False
+
+    @property
+    def is_read(self) -> bool:
+        return all(read.done() for read in self.reads)
+
+    def give_up(self) -> None:
+        """When this returns no thread writes for it any more, or ever will."""
+        self.is_given_up = True
+        for read in self.reads:  # what has not even begun must keep no thread from others
+            read.cancel()
+        for lock in self.locks:
+            with lock:
+                pass
+
+
+@dataclass(slots=True, kw_only=True)
+class _AtOnce:
+    """Jobs of a step whose forward pass uses their KV."""
+
+    jobs: list[LoadJob]
+    work: LayerByLayer
+    began: float
+
+
+class Loader:
+    """Every method is called on the engine's step thread."""
+
+    def __init__(
+        self,
+        cache: PagedCache,
+        store: LocalStore,
+        scheme: RotaryScheme | None,
+        residents: Residents,
+        num_threads: int,
+    ) -> None:
+        self._cache = cache
+        self._store = store
+        self._residents = residents
+        self._staging = Staging(cache, scheme)
+        self._direct = None if cache.copier is None else DirectWriter(cache.copier, scheme)
+        self._num_threads = num_threads
+        self._readers = ThreadPoolExecutor(num_threads, "kv-agent-reader", initializer=use_own_cpus)
+        if scheme is not None:
+            self._readers.submit(prepare_rotation, scheme, cache.dtype, cache.device)
+        self._loading: dict[str, _Loading] = {}
+        self._at_once: _AtOnce | None = None
+        self._loaded: dict[str, LoadFailure | None] = {}
+        self._received: set[str] = set()
+        self._invalid_blocks: set[int] = set()
+        self._moved_lock = threading.Lock()
+        self._moved_bytes = 0
+        self._moved_seconds = 0.0
+
+    def begin(self, jobs: Iterable[LoadJob]) -> None:
+        """Start all of them, before the step's forward pass."""
+        at_once = []
+        for job in jobs:
+            if job.at_once:
+                at_once.append(job)
+            else:
+                self._begin_reading(job)
+        if at_once:
+            self._put_at_once(at_once)
+
+    def wait_for_layer(self, layer: int) -> None:
+        """Return when what the forward pass uses of this layer is in the cache."""
+        if self._at_once is not None:
+            self._at_once.work.wait(layer)
+
+    def finish_at_once(self) -> None:
+        """Return when all that the forward pass uses is in the cache."""
+        if self._at_once is None:
+            return
+        at_once, self._at_once = self._at_once, None
+        at_once.work.wait_for_all()
+        if at_once.work.has_failed:
+            for job in at_once.jobs:
+                self._settle(job, _not_loaded(job))
+            return
+        num_tokens = sum(chunk.end - chunk.start for job in at_once.jobs for chunk in job.chunks)
+        self._note_moved(num_tokens * self._cache.token_bytes, at_once.began)
+        self._readers.submit(self._note_uses, at_once.jobs)
+
+    def finish_read(self, *, idle: bool) -> None:
+        """Finish loads that have been read, and give up those that take too long.
+
+        An ``idle`` step computes nothing, so it may as well wait a little for what is being read.
+        """
+        if idle and self._loading:
+            wait(next(iter(self._loading.values())).reads, IDLE_WAIT_S)
+        for loading in list(self._loading.values()):
+            if loading.is_read or time.monotonic() > loading.deadline:
+                del self._loading[loading.job.request_id]
+                self._finish(loading)
+
+    def take_loaded(self) -> dict[str, LoadFailure | None]:
+        """What became of loads since the last call, by request."""
+        loaded, self._loaded = self._loaded, {}
+        return loaded
+
+    def take_received(self) -> set[str]:
+        """Requests that need not wait for their load any more."""
+        received, self._received = self._received, set()
+        return received
+
+    def take_invalid_blocks(self) -> set[int]:
+        """Blocks that do not hold what they should."""
+        blocks, self._invalid_blocks = self._invalid_blocks, set()
+        return blocks
+
+    def moved(self) -> tuple[int, float]:
+        """Bytes that were put into the cache so far, and the seconds of all threads that this took."""
+        with self._moved_lock:
+            return self._moved_bytes, self._moved_seconds
+
+    def close(self) -> None:
+        """Wait for what is being read now; nothing else is begun."""
+        self._readers.shutdown(wait=True, cancel_futures=True)
+
+    # -- at once ------------------------------------------------------------------------------------
+
+    def _put_at_once(self, jobs: list[LoadJob]) -> None:
+        began = time.perf_counter()
+        works: list[LayerWork] = []
+        going: list[LoadJob] = []
+        for job in jobs:
+            if (found := attempt(partial(self._works_of, job), None)) is None:
+                self._settle(job, _not_loaded(job))
+            else:
+                works += found
+                going.append(job)
+        work = LayerByLayer(works, self._cache.num_layers)
+        self._at_once = _AtOnce(jobs=going, work=work, began=began)
+        for _ in range(self._num_threads if works else 0):
+            self._readers.submit(work.help)
+
+    def _works_of(self, job: LoadJob) -> list[LayerWork]:
+        pieces = [self._resident_piece(chunk) for chunk in job.chunks]
+        if self._direct is not None:
+            return [self._direct.prepared(pieces, job.block_ids).run]
+        self._staging.write(pieces, job.block_ids)
+        return []
+
+    def _resident_piece(self, chunk: ChunkLoad) -> Piece:
+        kv_L2THD = self._residents.get(chunk.record.key, chunk.record.checksum)
+        return Piece(kv_L2THD=self._fitting(chunk, kv_L2THD), start=chunk.start, delta=chunk.delta)
+
+    def _note_uses(self, jobs: Sequence[LoadJob]) -> None:
+        for job in jobs:
+            for chunk in job.chunks:
+                self._store.note_use(chunk.record)
+
+    # -- in the background ---------------------------------------------------------------------------
+
+    def _begin_reading(self, job: LoadJob) -> None:
+        self._loading[job.request_id] = loading = _Loading(
+            job=job,
+            deadline=time.monotonic() + LOAD_TIMEOUT_S,
+            locks=tuple(threading.Lock() for _ in job.chunks),
+        )
+        reads = (self._readers.submit(self._fetch, loading, number) for number in range(len(job.chunks)))
+        loading.reads = tuple(reads)
+
+    def _fetch(self, loading: _Loading, number: int) -> _Fetched:
+        chunk = loading.job.chunks[number]
+        try:
+            kv_L2THD = self._fitting(chunk, self._store.load(chunk.record))
+        except StorageError as err:
+            return self._failure(chunk, err)
+        if self._direct is None:
+            return kv_L2THD
+        began = time.perf_counter()
+        with loading.locks[number]:
+            if loading.is_given_up:  # its blocks may be somebody else's by now
+                return None
+            piece = Piece(kv_L2THD=kv_L2THD, start=chunk.start, delta=chunk.delta)
+            self._direct.prepared([piece], loading.job.block_ids).run()
+        self._note_moved(kv_L2THD.nbytes, began)
+        return None
+
+    def _fitting(self, chunk: ChunkLoad, kv_L2THD: Tensor) -> Tensor:
+        if not self._cache.fits(kv_L2THD):  # the checksum does not cover a blob's header
+            raise CorruptChunkError(f"chunk {chunk.record.key} does not have the shape of this model's KV")
+        return kv_L2THD[:, :, chunk.skip :]
+
+    def _failure(self, chunk: ChunkLoad, err: StorageError) -> LoadFailure:
+        key = chunk.record.key
+        if isinstance(err, MissingBlobError | CorruptChunkError):
+            reason = "blob is missing" if isinstance(err, MissingBlobError) else "blob is corrupt"
+            self._quarantine(chunk.record, reason)
+            outcome = "is computed again and quarantined"
+        else:
+            reason = "blob could not be read"
+            outcome = "is computed again"
+        about = {"event": "load_failed", "chunk": key[:8], "reason": reason}
+        logger.warning("chunk %s %s: %s", key[:8], outcome, err, extra=about)
+        return LoadFailure(key=key, start=chunk.start, reason=reason)
+
+    def _quarantine(self, record: ChunkRecord, reason: str) -> None:
+        try:
+            # Forgotten and stored again meanwhile, the chunk has other bytes, and those may be fine.
+            if self._store.catalog.chunks([record.key]).get(record.key) == record:
+                self._store.quarantine(record.key, reason)
+        except StorageError as err:
+            about = {"event": "store_trouble", "chunk": record.key[:8]}
+            logger.warning("chunk %s could not be quarantined: %s", record.key[:8], err, extra=about)
+
+    def _finish(self, loading: _Loading) -> None:
+        job = loading.job
+        if loading.is_read:
+            failure = attempt(partial(self._put, loading), _not_loaded(job))
+        else:
+            loading.give_up()
+            failure = replace(_not_loaded(job), reason="load took too long")
+        self._received.add(job.request_id)
+        self._settle(job, failure)
+
+    def _put(self, loading: _Loading) -> LoadFailure | None:
+        """Put what is not yet in the cache there, up to the first chunk that could not be read."""
+        pieces: list[Piece] = []
+        failure: LoadFailure | None = None
+        for chunk, read in zip(loading.job.chunks, loading.reads, strict=True):
+            found = read.result()
+            if isinstance(found, LoadFailure):
+                failure = found
+                break
+            if found is not None:
+                pieces.append(Piece(kv_L2THD=found, start=chunk.start, delta=chunk.delta))
+        if pieces:
+            began = time.perf_counter()
+            self._staging.write(pieces, loading.job.block_ids)
+            self._note_moved(sum(piece.kv_L2THD.nbytes for piece in pieces), began)
+        return failure
+
+    def _settle(self, job: LoadJob, failure: LoadFailure | None) -> None:
+        if failure is not None:
+            first_block = failure.start // self._cache.block_tokens
+            last_block = (job.chunks[-1].end - 1) // self._cache.block_tokens
+            self._invalid_blocks.update(job.block_ids[first_block : last_block + 1])
+        self._loaded[job.request_id] = failure
+
+    def _note_moved(self, num_bytes: int, began: float) -> None:
+        seconds = time.perf_counter() - began
+        with self._moved_lock:
+            self._moved_bytes += num_bytes
+            self._moved_seconds += seconds
+
+
+def _not_loaded(job: LoadJob) -> LoadFailure:
+    first = job.chunks[0]
+    return LoadFailure(key=first.record.key, start=first.start, reason="chunk could not be loaded")
