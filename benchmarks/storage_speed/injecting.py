@@ -27,6 +27,7 @@ CHUNK_TOKENS = 128
 NUM_CHUNKS = 16
 THREADS = 2  # as many as cores
 DELTA = 1000
+ACROSS = 37  # tokens into a block, where nothing is aligned
 
 Write = Callable[[Tensor, Tensor, Tensor], None]
 
@@ -43,13 +44,13 @@ def measure(rounds: int) -> Iterator[dict[str, Any]]:
     shape = (QWEN.layers, 2, CHUNK_TOKENS * NUM_CHUNKS, QWEN.heads, QWEN.head_dim)
     whole = torch.randn(shape, generator=generator).bfloat16()
     chunks = [chunk.contiguous() for chunk in torch.split(whole, CHUNK_TOKENS, dim=2)]
-    block_ids = list(range(1, NUM_CHUNKS + 1))
+    block_ids = list(range(1, NUM_CHUNKS + 2))
     staging = Staging(cache, scheme)
     copy, buffer = torch.empty_like(whole), torch.empty_like(chunks[0])
     slots = torch.arange(BLOCK_TOKENS, BLOCK_TOKENS + shape[2])
 
-    def pieces(numbers: Iterable[int], delta: int) -> list[Piece]:
-        return [Piece(kv_L2THD=chunks[one], start=one * CHUNK_TOKENS, delta=delta) for one in numbers]
+    def pieces(numbers: Iterable[int], delta: int, begin: int = 0) -> list[Piece]:
+        return [Piece(kv_L2THD=chunks[one], start=begin + one * CHUNK_TOKENS, delta=delta) for one in numbers]
 
     def inject(delta: int) -> None:
         staging.write(pieces(range(NUM_CHUNKS), delta), block_ids)
@@ -57,9 +58,9 @@ def measure(rounds: int) -> Iterator[dict[str, Any]]:
     direct = DirectWriter(cache.copier, scheme) if cache.copier is not None else None
     threads = ThreadPoolExecutor(THREADS)
 
-    def write_directly(numbers: Iterable[int], delta: int) -> None:
+    def write_directly(numbers: Iterable[int], delta: int, begin: int = 0) -> None:
         assert direct is not None
-        direct.prepared(pieces(numbers, delta), block_ids).run()
+        direct.prepared(pieces(numbers, delta, begin), block_ids).run()
 
     def side_by_side(delta: int) -> None:
         parts = [range(first, NUM_CHUNKS, THREADS) for first in range(THREADS)]
@@ -83,6 +84,7 @@ def measure(rounds: int) -> Iterator[dict[str, Any]]:
         "direct_in_place": lambda: side_by_side(0),
         "direct_moved_one_thread": lambda: write_directly(range(NUM_CHUNKS), DELTA),
         "direct_in_place_one_thread": lambda: write_directly(range(NUM_CHUNKS), 0),
+        "direct_moved_across": lambda: write_directly(range(NUM_CHUNKS), DELTA, ACROSS),
         "moved": lambda: inject(DELTA),
         "in_place": lambda: inject(0),
         "writer_alone": lambda: _write(writes, whole, slots),
