@@ -54,6 +54,7 @@ def opened(build: Build, sizes: Sizes, dtype: torch.dtype) -> tuple[list[Backend
     return backends, PagedCache([backend.layer() for backend in backends], sizes.P)
 
 
+@pytest.mark.slow  # code is made for every layout
 @settings(max_examples=60, deadline=None)
 @given(
     build=st.sampled_from(STRIDED),
@@ -85,6 +86,7 @@ def test_it_writes_what_the_backend_writes_and_reads_what_is_there(
     assert torch.equal(bits(cache.read(blocks, start, start + num_tokens)), bits(kv_L2THD))
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     build=st.sampled_from(STRIDED),

@@ -125,6 +125,7 @@ for number in range(5):
 """
 
 
+@pytest.mark.slow
 def test_of_many_who_change_keys_at_once_nobody_loses_one(path: Path) -> None:
     before = add_key(path, "acme")
     adding = [
