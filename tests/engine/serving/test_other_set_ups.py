@@ -36,6 +36,24 @@ def test_without_our_connector_the_routes_say_so_and_vllm_serves(tmp_path: Path)
         assert server.stop() == 0
 
 
+def test_a_template_that_has_no_place_for_memories_is_told_at_start_and_vllm_answers(tmp_path: Path) -> None:
+    template = tmp_path / "irregular.jinja"
+    template.write_text(
+        "{% for one in messages %}{{ one.role }}: {{ one.content }}{% if loop.first %} (first){% endif %}\n"
+        "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    options = ("--chat-template", str(template))
+    with serving(tmp_path, keys={}, keys_file=None, options=options) as server, server.client(None) as client:
+        assert "chats get no memories: the model's chat template renders a first turn" in server.log_text()
+        chat = {"messages": [{"role": "user", "content": "Hello."}], "max_tokens": 2, "temperature": 0}
+        plain = client.post("/v1/chat/completions", json=chat)
+        asked = client.post("/v1/chat/completions", json={**chat, "memory": {"user_id": "u"}})
+
+        assert (plain.status_code, asked.status_code) == (200, 200)
+        assert asked.json()["choices"][0]["message"] == plain.json()["choices"][0]["message"]
+        assert "log says why" in asked.json()["kv_transfer_params"]["kv_agent"]["error"]
+
+
 def test_vllms_own_key_guards_memory_and_a_stop_amid_requests_is_clean(tmp_path: Path) -> None:
     answers: list[httpx.Response] = []
     options = ("--api-key", "secret")

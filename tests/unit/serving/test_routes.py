@@ -361,3 +361,38 @@ def test_the_servers_own_keys_guard_memory_where_it_has_none(tmp_path: Path) -> 
         error_of(client.get("/memory"), 401)
         answer = client.get("/memory", headers={"Authorization": "Bearer secret"})
         assert answer.json() == {"memories": [], "next": None}
+
+
+def test_no_route_answers_with_tensors_or_vectors(served: Served) -> None:
+    """KV stays on the machine that computed it: answers are JSON (or events, metrics, the page), never numbers in bulk."""
+    described = served.client.get("/openapi.json").json()
+    schemas = described["components"]["schemas"]
+    seen: set[str] = set()
+
+    def walk(schema: dict[str, Any], where: str) -> None:
+        if "$ref" in schema:
+            name = schema["$ref"].rpartition("/")[2]
+            if name not in seen:
+                seen.add(name)
+                walk(schemas[name], name)
+        assert schema.get("format") not in ("binary", "byte"), where
+        if schema.get("type") == "array":
+            assert schema.get("items", {}).get("type") != "number", where
+        for key, inner in schema.get("properties", {}).items():
+            walk(inner, f"{where}.{key}")
+        for key in ("items", "additionalProperties"):
+            if isinstance(schema.get(key), dict):
+                walk(schema[key], f"{where}.{key}")
+        for kind in ("anyOf", "oneOf", "allOf"):
+            for inner in schema.get(kind, ()):
+                walk(inner, where)
+
+    kinds = set()
+    for path, operations in described["paths"].items():
+        for method, operation in operations.items():
+            for answer in operation["responses"].values():
+                for kind, content in answer.get("content", {}).items():
+                    kinds.add(kind)
+                    walk(content.get("schema", {}), f"{method} {path}")
+    assert kinds <= {"application/json", "text/plain", "text/html"}
+    assert {"MemoryBody", "ChunkBody", "RequestBody"} <= seen
