@@ -364,7 +364,7 @@ def test_the_servers_own_keys_guard_memory_where_it_has_none(tmp_path: Path) -> 
 
 
 def test_no_route_answers_with_tensors_or_vectors(served: Served) -> None:
-    """KV stays on the machine that computed it: answers are JSON (or events, metrics, the page), never numbers in bulk."""
+    """KV stays on the machine that computed it: answers are words and single numbers."""
     described = served.client.get("/openapi.json").json()
     schemas = described["components"]["schemas"]
     seen: set[str] = set()
