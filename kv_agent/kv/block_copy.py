@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -82,20 +82,23 @@ class BlockCopier:
         self, pieces: Sequence[PlainPiece], block_ids: Sequence[int], *, to_blocks: bool
     ) -> Copying:
         blocks = np.array(block_ids, dtype=np.int64)
-        for piece in pieces:
-            self._require_fit(piece, blocks)
+        keys = [self._plain(piece.key_LTHD) for piece in pieces]
+        values = [self._plain(piece.value_LTHD) for piece in pieces]
+        starts = np.array([piece.start for piece in pieces], dtype=np.int64)
+        counts = np.array([one.num_tokens for one in keys], dtype=np.int64)
+        if any(key.num_tokens != value.num_tokens for key, value in zip(keys, values, strict=True)):
+            raise ValueError("keys and values must be of as many tokens")
+        self._require_room(starts, starts + counts, blocks)
         # One code for pieces that are turned and others: it is made when an engine starts, not later.
         turns = to_blocks and self.caches_L[0].dtype == torch.bfloat16
-        keys = [_Plain.of(piece.key_LTHD) for piece in pieces]
-        values = [_Plain.of(piece.value_LTHD) for piece in pieces]
         is_wide = all(one.is_wide for one in (*keys, *values))
         is_wide = is_wide and not (self._addresses_L % VECTOR_BYTES).any()
         arguments = (
             *(np.array([one.address for one in half], dtype=np.uint64) for half in (keys, values)),
             *(np.array([one.layer_bytes for one in half], dtype=np.uint64) for half in (keys, values)),
-            np.array([piece.start for piece in pieces], dtype=np.uint64),
-            np.array([piece.key_LTHD.shape[1] for piece in pieces], dtype=np.uint64),
-            *_turns(pieces),
+            starts.astype(np.uint64),
+            counts.astype(np.uint64),
+            *self._turns(pieces),
             self._addresses_L,
             blocks.astype(np.uint64),
         )
@@ -106,25 +109,41 @@ class BlockCopier:
             code=compiled(self._layout(is_wide), to_blocks=to_blocks, turns=turns),
         )
 
-    def _require_fit(self, piece: PlainPiece, blocks: Any) -> None:
-        T = piece.key_LTHD.shape[1]
-        P, H, D = self.shape_PHD
-        fits = piece.key_LTHD.shape == piece.value_LTHD.shape == (len(self.caches_L), T, H, D)
-        used = blocks[piece.start // P : (piece.start + T - 1) // P + 1] if piece.start >= 0 else blocks[:0]
-        if not fits or T == 0 or len(used) != (piece.start + T - 1) // P + 1 - piece.start // P:
+    def _plain(self, x_LTHD: Tensor) -> _Plain:
+        L, (_, H, D), dtype = len(self.caches_L), self.shape_PHD, self.caches_L[0].dtype
+        shape, strides = x_LTHD.shape, x_LTHD.stride()
+        if len(shape) != 4 or shape[0] != L or shape[1] == 0 or shape[2:] != (H, D):
+            raise ValueError(f"KV {tuple(shape)} does not fit: {L} layers of {H} heads of {D} are wanted")
+        if x_LTHD.dtype != dtype:
+            raise ValueError(f"KV must be {dtype} as the cache is, got {x_LTHD.dtype}")
+        if strides[1:] != (H * D, D, 1) and not x_LTHD[0].is_contiguous():
+            raise ValueError(f"a layer of KV must be contiguous, got strides {strides}")
+        return _Plain(address=x_LTHD.data_ptr(), layer_bytes=strides[0] * dtype.itemsize, num_tokens=shape[1])
+
+    def _require_room(self, starts: Any, ends: Any, blocks: Any) -> None:
+        P, num_blocks = self.shape_PHD[0], self.caches_L[0].shape[0]
+        if starts.min() < 0 or ends.max() > len(blocks) * P:
             raise ValueError(
-                f"KV {tuple(piece.key_LTHD.shape)} does not fit {len(blocks)} blocks from {piece.start} on"
+                f"tokens {starts.min()} to {ends.max()} are not within {len(blocks)} blocks of {P}"
             )
-        if used.min() < 0 or used.max() >= self.caches_L[0].shape[0]:
-            raise ValueError(f"blocks {used.tolist()} of a cache of {self.caches_L[0].shape[0]}")
-        dtype = self.caches_L[0].dtype
-        if not piece.key_LTHD.dtype == piece.value_LTHD.dtype == dtype:
-            raise ValueError(f"KV must be {dtype} as the cache is, got {piece.key_LTHD.dtype}")
-        for x_LTHD in (piece.key_LTHD, piece.value_LTHD):
-            if not x_LTHD[0].is_contiguous():
-                raise ValueError(f"a layer of KV must be contiguous, got strides {x_LTHD.stride()}")
-        if piece.turn is not None and (dtype != torch.bfloat16 or 2 * len(piece.turn[0]) > D):
-            raise ValueError(f"{dtype} keys of {D} dims are not turned in {len(piece.turn[0])} planes here")
+        used = blocks[starts.min() // P : (ends.max() - 1) // P + 1]
+        if used.min() < 0 or used.max() >= num_blocks:
+            raise ValueError(f"blocks {used.tolist()} of a cache of {num_blocks}")
+
+    def _turns(self, pieces: Sequence[PlainPiece]) -> tuple[Any, Any, Any]:
+        """Which pieces are turned, and all cosines and sines ``[N, F]``."""
+        found = {id(piece.turn): piece.turn for piece in pieces if piece.turn is not None}
+        numbers = {turn: number for number, turn in enumerate(found)}
+        num_planes = max((len(cos_F) for cos_F, _ in found.values()), default=0)
+        D, dtype = self.shape_PHD[2], self.caches_L[0].dtype
+        if found and (dtype != torch.bfloat16 or 2 * num_planes > D):
+            raise ValueError(f"{dtype} keys of {D} dims are not turned in {num_planes} planes here")
+        turned_N = np.array([piece.turn is not None for piece in pieces])
+        table = np.zeros((2, max(1, len(found)), num_planes), dtype=np.float32)
+        for number, (cos_F, sin_F) in enumerate(found.values()):
+            table[0, number], table[1, number] = cos_F.numpy(), sin_F.numpy()
+        kinds_N = [numbers.get(id(piece.turn), 0) for piece in pieces]
+        return turned_N, table[0, kinds_N], table[1, kinds_N]
 
     @cached_property
     def _addresses_L(self) -> Any:
@@ -141,27 +160,14 @@ class BlockCopier:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Plain:
-    """Where layers of something begin; ``is_wide`` if all of them do where a word may."""
+class _Plain(NamedTuple):
+    """Where layers of something begin."""
 
     address: int
     layer_bytes: int
-    is_wide: bool
+    num_tokens: int
 
-    @classmethod
-    def of(cls, x: Tensor) -> _Plain:
-        address, layer_bytes = x.data_ptr(), x.stride(0) * x.element_size()
-        is_wide = address % _WORD_BYTES == 0 and layer_bytes % _WORD_BYTES == 0
-        return cls(address=address, layer_bytes=layer_bytes, is_wide=is_wide)
-
-
-def _turns(pieces: Sequence[PlainPiece]) -> tuple[Any, Any, Any]:
-    """Which pieces are turned, and all cosines and sines ``[N, F]``."""
-    turned_N = np.array([piece.turn is not None for piece in pieces])
-    num_planes = max((len(piece.turn[0]) for piece in pieces if piece.turn is not None), default=0)
-    cos_NF, sin_NF = (np.zeros((len(pieces), num_planes), dtype=np.float32) for _ in range(2))
-    for n, piece in enumerate(pieces):
-        if piece.turn is not None:
-            cos_NF[n], sin_NF[n] = piece.turn[0].numpy(), piece.turn[1].numpy()
-    return turned_N, cos_NF, sin_NF
+    @property
+    def is_wide(self) -> bool:
+        """Whether all of them begin where a word may."""
+        return self.address % _WORD_BYTES == 0 and self.layer_bytes % _WORD_BYTES == 0

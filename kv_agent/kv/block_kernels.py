@@ -77,7 +77,7 @@ def compiled(layout: Layout, *, to_blocks: bool, turns: bool) -> Callable[..., N
     row, item_bytes = H * D, np.uint64(layout.item_bytes)
     copy_keys, copy_values = (_half_copier(layout, half, to_blocks) for half in (layout.key, layout.value))
     rotate: Any = rotation_kernel.compiled() if turns else None
-    halves, all_stored = address_pointer(np.uint16), fence()
+    halves, all_stored, tokens = address_pointer(np.uint16), fence(), np.uint64(TOKENS)
 
     def copy_all(
         keys_N: Any,
@@ -94,7 +94,7 @@ def compiled(layout: Layout, *, to_blocks: bool, turns: bool) -> Callable[..., N
         first_layer: Any,
         end_layer: Any,
     ) -> None:
-        scratch = np.empty(P * row if turns else 0, np.uint16)
+        scratch = np.empty(tokens * row if turns else 0, np.uint16)
         for layer in range(first_layer, end_layer):
             for n in range(len(keys_N)):
                 keys = keys_N[n] + np.uint64(layer) * key_steps_N[n]
@@ -104,7 +104,8 @@ def compiled(layout: Layout, *, to_blocks: bool, turns: bool) -> Callable[..., N
                     inside = (start + done) % P
                     count = min(P - inside, counts_N[n] - done)
                     block = blocks[(start + done) // P]
-                    if turns and turned_N[n]:
+                    if turns and turned_N[n]:  # so few that they stay in the nearest cache
+                        count = min(count, tokens - inside % tokens)
                         plain = numba.carray(halves(keys + done * row * item_bytes), _ENDLESS)
                         rotate(plain, scratch, 0, 0, 1, count * H, D, cos_NF[n], sin_NF[n])
                         copy_keys(np.uint64(scratch.ctypes.data), caches_L[layer], block, inside, count)
@@ -183,7 +184,8 @@ def _columns(layout: Layout, half: Strided) -> Any:
             for h in range(H):
                 for d in range(np.uint64(0), D, dims):
                     there = start + h * per_head + d * per_dim + (inside + done) * item
-                    write_columns(there, plain + done * row + (h * D + d) * item)
+                    ahead = plain + (done + tokens) * row + (h * D + d) * tokens * item
+                    write_columns(there, plain + done * row + (h * D + d) * item, ahead)
             done += tokens
         if done < count:
             write_few(plain + done * row, cache, block, inside + done, count - done)

@@ -13,12 +13,12 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-Bits = npt.NDArray[np.uint16]
-Floats = npt.NDArray[np.float32]
+from kv_agent.kv.vector_words import PLANES, plane_turner
+
+_ITEM_BYTES, _FLOAT_BYTES = 2, 4
 
 
 def serves(dtype: torch.dtype, device: torch.device) -> bool:
@@ -58,9 +58,36 @@ def compiled() -> Callable[..., None]:
     """The machine code, made once a process and never kept on disk."""
     import numba  # takes a second, too, unless vLLM has imported it
 
+    turn_planes = plane_turner()
+
+    def rotate_rows(
+        k: Any, out: Any, k_step: Any, out_step: Any, N: Any, num_rows: Any, D: Any, cos_F: Any, sin_F: Any
+    ) -> None:
+        F = cos_F.size
+        by_vectors = F // PLANES * PLANES
+        cos, sin = np.uint64(cos_F.ctypes.data), np.uint64(sin_F.ctypes.data)
+        source, target = np.uint64(k.ctypes.data), np.uint64(out.ctypes.data)
+        apart = np.uint64(F * _ITEM_BYTES)
+        for n in range(N):
+            for row in range(num_rows):
+                first, there = n * k_step + row * D, n * out_step + row * D
+                for i in range(0, by_vectors, PLANES):
+                    turn_planes(
+                        target + np.uint64((there + i) * _ITEM_BYTES),
+                        source + np.uint64((first + i) * _ITEM_BYTES),
+                        apart,
+                        cos + np.uint64(i * _FLOAT_BYTES),
+                        sin + np.uint64(i * _FLOAT_BYTES),
+                    )
+                for i in range(by_vectors, F):
+                    turn_plane(k, out, first + i, there + i, F, cos_F[i], sin_F[i])
+                for i in range(2 * F, D):
+                    out[there + i] = k[first + i]
+
     bits, number, floats = numba.uint16[::1], numba.int64, numba.float32[::1]
+    turn_plane = numba.njit(error_model="numpy")(_turn_plane)
     signature = numba.void(bits, bits, number, number, number, number, number, floats, floats)
-    machine_code: Callable[..., None] = numba.njit(signature, nogil=True, error_model="numpy")(_rotate_rows)
+    machine_code: Callable[..., None] = numba.njit(signature, nogil=True, error_model="numpy")(rotate_rows)
     return machine_code
 
 
@@ -70,39 +97,16 @@ def _flat(x_THD: Tensor) -> Any:
     return x_THD.as_strided((num_elements,), (1,)).view(torch.uint16).numpy()
 
 
-def _rotate_rows(
-    k: Bits,
-    out: Bits,
-    k_step: int,
-    out_step: int,
-    N: int,
-    num_rows: int,
-    D: int,
-    cos_F: Floats,
-    sin_F: Floats,
-) -> None:
-    # Compiled, so all of it is spelled out: a call in here would keep the loop over planes from being one of
-    # vector instructions, and so would indices that may wrap around (hence slices).
-    F = cos_F.size
-    for n in range(N):
-        for row in range(num_rows):
-            first = n * k_step + row * D
-            target = n * out_step + row * D
-            k_a, k_b = k[first : first + F], k[first + F : first + 2 * F]
-            out_a, out_b = out[target : target + F], out[target + F : target + 2 * F]
-            for i in range(F):
-                # bfloat16 is the upper half of float32
-                a = np.uint32(np.uint32(k_a[i]) << np.uint32(16)).view(np.float32)
-                b = np.uint32(np.uint32(k_b[i]) << np.uint32(16)).view(np.float32)
-                turned_a = np.float32(a * cos_F[i] - b * sin_F[i])
-                turned_b = np.float32(b * cos_F[i] + a * sin_F[i])
-                bits_a, bits_b = turned_a.view(np.uint32), turned_b.view(np.uint32)
-                # To the nearest, halves to the even one; a NaN could be rounded to infinity.
-                even_a = (bits_a >> np.uint32(16)) & np.uint32(1)
-                even_b = (bits_b >> np.uint32(16)) & np.uint32(1)
-                rounded_a = np.uint16((bits_a + np.uint32(0x7FFF) + even_a) >> np.uint32(16))
-                rounded_b = np.uint16((bits_b + np.uint32(0x7FFF) + even_b) >> np.uint32(16))
-                out_a[i] = rounded_a if turned_a == turned_a else np.uint16(0x7FC0)
-                out_b[i] = rounded_b if turned_b == turned_b else np.uint16(0x7FC0)
-            for i in range(2 * F, D):
-                out[target + i] = k[first + i]
+def _turn_plane(k: Any, out: Any, first: Any, there: Any, F: Any, cos: Any, sin: Any) -> None:
+    """What :func:`plane_turner` does with many."""
+    # bfloat16 is the upper half of float32
+    a = np.uint32(np.uint32(k[first]) << np.uint32(16)).view(np.float32)
+    b = np.uint32(np.uint32(k[first + F]) << np.uint32(16)).view(np.float32)
+    turned_a, turned_b = np.float32(a * cos - b * sin), np.float32(b * cos + a * sin)
+    bits_a, bits_b = turned_a.view(np.uint32), turned_b.view(np.uint32)
+    even_a = (bits_a >> np.uint32(16)) & np.uint32(1)
+    even_b = (bits_b >> np.uint32(16)) & np.uint32(1)
+    rounded_a = np.uint16((bits_a + np.uint32(0x7FFF) + even_a) >> np.uint32(16))
+    rounded_b = np.uint16((bits_b + np.uint32(0x7FFF) + even_b) >> np.uint32(16))
+    out[there] = rounded_a if turned_a == turned_a else np.uint16(0x7FC0)
+    out[there + F] = rounded_b if turned_b == turned_b else np.uint16(0x7FC0)

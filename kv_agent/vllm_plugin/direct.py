@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from torch import Tensor
-
 from kv_agent.errors import UnsupportedModelError
 from kv_agent.kv.block_copy import BlockCopier, Copying, PlainPiece
 from kv_agent.kv.rope import RotaryScheme, rotate_keys, turn_of
@@ -25,11 +23,11 @@ class DirectWriter:
         return self._copier.scatter([self._placed(piece) for piece in pieces], block_ids)
 
     def _placed(self, piece: Piece) -> PlainPiece:
-        key_LTHD: Tensor = piece.kv_L2THD[:, 0]
+        key_LTHD, value_LTHD = piece.kv_L2THD.unbind(1)
         turn = None
         if piece.delta:
             if self._scheme is None:
                 raise UnsupportedModelError("keys cannot be moved, yet a chunk was to be")
             if (turn := turn_of(key_LTHD, piece.delta, self._scheme)) is None:
                 key_LTHD = rotate_keys(key_LTHD, piece.delta, self._scheme)
-        return PlainPiece(key_LTHD=key_LTHD, value_LTHD=piece.kv_L2THD[:, 1], start=piece.start, turn=turn)
+        return PlainPiece(key_LTHD=key_LTHD, value_LTHD=value_LTHD, start=piece.start, turn=turn)

@@ -20,7 +20,7 @@ from tests.unit.vllm_plugin.backends import PACKED, STRIDED, Backend, Sizes, tok
 
 L, B, P = 3, 9, 4
 WIDE, NARROW = Sizes(B=B, P=P, H=2, D=8), Sizes(B=B, P=P, H=1, D=5)
-TALL = Sizes(B=B, P=96, H=2, D=16)
+TALL = Sizes(B=B, P=96, H=2, D=32)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 Build = Callable[[Sizes, torch.dtype], Backend]
@@ -95,14 +95,21 @@ def test_it_writes_what_the_backend_writes_and_reads_what_is_there(
     ),
     gap=st.integers(0, 40),
     layers=st.sampled_from([(0, L), (1, 2)]),
+    num_planes=st.sampled_from([5, 16]),
     seed=st.integers(0, 1000),
 )
 def test_many_pieces_are_turned_and_written_layer_by_layer(
-    build: Build, lengths: list[tuple[int, int | None]], gap: int, layers: tuple[int, int], seed: int
+    build: Build,
+    lengths: list[tuple[int, int | None]],
+    gap: int,
+    layers: tuple[int, int],
+    num_planes: int,
+    seed: int,
 ) -> None:
     ours, cache = opened(build, TALL, torch.bfloat16)
     theirs, reference = opened(build, TALL, torch.bfloat16)
-    scheme = RotaryScheme(inv_freq=(1.0, 0.1, 0.01, 0.001, 0.2), rotary_dim=10, neox=True)
+    inv_freq = tuple(0.7**plane for plane in range(num_planes))
+    scheme = RotaryScheme(inv_freq=inv_freq, rotary_dim=2 * num_planes, neox=True)
     blocks = [5, 3, 8, 1, 2, 7, 4, 6]
     pieces, start = [], gap
     for number, (num_tokens, delta) in enumerate(lengths):

@@ -39,7 +39,7 @@ def require_same(found: Tensor, expected: Tensor) -> None:
 @settings(max_examples=60, deadline=None)
 @given(
     shape=st.tuples(*[st.integers(1, 5)] * 3),
-    rotary_dim=st.sampled_from([2, 6, 16, 64]),
+    rotary_dim=st.sampled_from([2, 6, 16, 48, 64]),
     rest=st.sampled_from([0, 1, 7]),
     skip=st.integers(0, 3),
     delta=st.integers(-40_000, 40_000).filter(bool),
@@ -73,15 +73,18 @@ def test_keys_are_rotated_as_torch_rotates_them(
     assert torch.equal(kv_L2THD.view(torch.int16), before.view(torch.int16))
 
 
-def test_every_bfloat16_number_is_rounded_as_torch_rounds_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    every = torch.arange(1 << 16).to(torch.int16).view(torch.bfloat16)
-    partner = random_bits(1 << 16, seed=3)
-    k_LTHD = torch.stack((every, partner), dim=-1).view(1, 1 << 16, 1, 2)
+@pytest.mark.parametrize("num_planes", [1, 16, 24])  # one by one, as vectors, both
+def test_every_bfloat16_number_is_rounded_as_torch_rounds_it(
+    num_planes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_rows = -(-(1 << 16) // num_planes)
+    every = torch.arange(num_rows * num_planes).to(torch.int16).view(torch.bfloat16)
+    halves = every.view(num_rows, num_planes), random_bits(num_rows, num_planes, seed=3)
+    k_LTHD = torch.cat(halves, dim=-1).view(1, num_rows, 1, 2 * num_planes)
+    scheme = scheme_of(2 * num_planes)
 
     for delta in (1, -3, 1000):
-        require_same(
-            rotate_keys(k_LTHD, delta, scheme_of(2)), by_torch(k_LTHD, delta, scheme_of(2), monkeypatch)
-        )
+        require_same(rotate_keys(k_LTHD, delta, scheme), by_torch(k_LTHD, delta, scheme, monkeypatch))
 
 
 @pytest.mark.parametrize(
