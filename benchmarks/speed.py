@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engine_speed import (
+    agents,
     capturing,
     engines,
     first_token,
@@ -24,19 +25,22 @@ from benchmarks.engine_speed import (
     loading,
     memory,
     models,
+    plots,
     report,
     scheduling,
 )
+from benchmarks.peers import opening
 from benchmarks.provenance import provenance
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "speed.jsonl"
+SEARCHES = RESULTS.with_name("retrieval.jsonl")
 MODEL = Path(__file__).resolve().parent.parent / "build" / "models" / "qwen-shape"
 
 Part = Callable[[Path, Path], Iterator[dict[str, Any]]]
 
 FULL: Mapping[str, Part] = {
     "first-token": lambda model, folder: first_token.measure(
-        model, folder, lengths=(512, 1024, 2048, 4096, 8192), rounds=5
+        model, folder, lengths=(512, 1024, 2048, 4096, 8192), rounds=5, peers=opening.ALL
     ),
     "short": lambda model, folder: first_token.measure(
         model, folder, lengths=(8, 16, 32, 64, 128, 256), rounds=15, settings=first_token.SHORT
@@ -45,6 +49,9 @@ FULL: Mapping[str, Part] = {
     "loading": lambda model, folder: loading.measure(
         model, folder, plans=100, memory_tokens=4096, memories=25, rounds=3
     ),
+    "agents": lambda model, folder: agents.measure(
+        model, folder, counts=(1, 2, 4, 8, 16, 32, 64), memory_tokens=1024, rounds=3
+    ),
     "scheduling": lambda _, folder: scheduling.measure(folder, num_turns=100_000, num_waiting=1000),
     "memory": lambda model, folder: memory.measure(
         model, folder, host_bytes=256 << 20, warm_bytes=128 << 20, num_turns=48
@@ -52,7 +59,9 @@ FULL: Mapping[str, Part] = {
     "growth": lambda _, folder: growth.measure(folder, counts=(100, 300, 1000, 3000, 10_000, 30_000)),
 }
 QUICK: Mapping[str, Part] = {
-    "first-token": lambda model, folder: first_token.measure(model, folder, lengths=(512,), rounds=2),
+    "first-token": lambda model, folder: first_token.measure(
+        model, folder, lengths=(512,), rounds=2, peers=opening.BUNDLED
+    ),
     "short": lambda model, folder: first_token.measure(
         model, folder, lengths=(16, 256), rounds=5, settings=first_token.SHORT
     ),
@@ -60,6 +69,7 @@ QUICK: Mapping[str, Part] = {
     "loading": lambda model, folder: loading.measure(
         model, folder, plans=8, memory_tokens=1024, memories=4, rounds=2
     ),
+    "agents": lambda model, folder: agents.measure(model, folder, counts=(1, 4), memory_tokens=256, rounds=2),
     "scheduling": lambda _, folder: scheduling.measure(folder, num_turns=2000, num_waiting=200),
     "memory": lambda model, folder: memory.measure(
         model, folder, host_bytes=16 << 20, warm_bytes=8 << 20, num_turns=4
@@ -81,7 +91,7 @@ def main() -> None:
         rows = report.latest(args.results)
         print(report.tables(rows))
         if args.plot:
-            report.plot(rows, args.plot)
+            plots.plot(rows, report.latest_searches(SEARCHES), args.plot)
         return
     engines.pin_threads()
     model = models.make_qwen(MODEL)

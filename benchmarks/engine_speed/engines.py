@@ -107,9 +107,9 @@ class BenchEngine:
                     answer.fields = (output.kv_transfer_params or {}).get(PLUGIN_KEY, {})
         return answers
 
-    def forget_local(self) -> None:
-        """Empty vLLM's own prefix cache."""
-        self._llm.reset_prefix_cache()
+    def forget_local(self) -> bool:
+        """Empty vLLM's own prefix cache; False: some of it is in use, and nothing was forgotten."""
+        return bool(self._llm.reset_prefix_cache())
 
     def close(self) -> None:
         self._llm.llm_engine.engine_core.shutdown()

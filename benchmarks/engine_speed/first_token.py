@@ -1,4 +1,4 @@
-"""Time to the first token of a turn behind memory: computed, hit by vLLM itself, and ours from every tier."""
+"""Time to the first token of a turn behind memory: computed, hit by vLLM itself, ours by tier, and peers'."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engine_speed.engines import SCOPE, Ask, BenchEngine, plan_of, random_tokens, stored
-from benchmarks.engine_speed.peers import PEERS
+from benchmarks.peers.asking import Remembered, remembered
+from benchmarks.peers.opening import NONE, Openers, Peers, open_peers
 from benchmarks.storage_speed.cold import drop
 from benchmarks.storage_speed.timing import Arm, interleaved, ratios, spread
 from kv_agent.chunks import ChunkRecord
@@ -33,9 +34,14 @@ SHORT: Settings = {
 
 
 def measure(
-    model: Path, folder: Path, lengths: Sequence[int], rounds: int, settings: Settings = TIERS
+    model: Path,
+    folder: Path,
+    lengths: Sequence[int],
+    rounds: int,
+    settings: Settings = TIERS,
+    peers: Openers = NONE,
 ) -> Iterator[dict[str, Any]]:
-    """A row for each number of memory tokens, an arm for each of the ``settings``."""
+    """A row for each number of memory tokens, an arm for each of the ``settings`` and each peer that hits."""
     with ExitStack() as stack:
         catalog = stack.enter_context(closing(Catalog(folder / "catalog.sqlite3")))
         plain = stack.enter_context(closing(BenchEngine(model)))
@@ -43,18 +49,20 @@ def measure(
             name: stack.enter_context(closing(BenchEngine(model, {"store": str(folder), **chosen})))
             for name, chosen in settings.items()
         }
-        peers = {
-            name: stack.enter_context(closing(BenchEngine(model, **options(folder))))
-            for name, options in (PEERS if settings is TIERS else {}).items()
-        }
+        others = open_peers(peers, model, folder / "peers", stack)
         if "when faster" in tiers:  # as any server has had before
             tiers["when faster"].run([_any_chat(number) for number in range(8)], 1)
         for length in lengths:
             memory = random_tokens(length, seed=length)
             records = stored(catalog, tiers["host"].ask(memory, scope=SCOPE))
-            seconds = interleaved(_Case(folder, memory, records).arms(plain, tiers, peers), rounds)
+            case = _Case(folder, memory, records)
+            theirs = {
+                name: remembered(engine, memory, case.prompt) for name, engine in others.engines.items()
+            }
+            seconds = interleaved(case.arms(plain, tiers, theirs), rounds)
             part = "first token" if settings is TIERS else "short memories"
-            yield {"part": part, **_row(length, len(records), seconds)}
+            told = _told(others, theirs) if peers else {}
+            yield {"part": part, **_row(length, len(records), _hits(seconds, theirs)), **told}
 
 
 def _any_chat(number: int) -> Ask:
@@ -71,31 +79,43 @@ class _Case:
         self._numbers = itertools.count(1_000_000)
 
     def arms(
-        self, plain: BenchEngine, tiers: Mapping[str, BenchEngine], peers: Mapping[str, BenchEngine]
+        self, plain: BenchEngine, tiers: Mapping[str, BenchEngine], peers: Mapping[str, Remembered]
     ) -> dict[str, Arm]:
         arms: dict[str, Arm] = {
-            "computed": lambda: plain.ask(self._prompt(), salt=str(next(self._numbers))).ttft_s,
-            "local": lambda: plain.ask(self._prompt()).ttft_s,
+            "computed": lambda: plain.ask(self.prompt(), salt=str(next(self._numbers))).ttft_s,
+            "local": lambda: plain.ask(self.prompt()).ttft_s,
         }
         arms |= {name: partial(self._ours, name, engine) for name, engine in tiers.items()}
-        return arms | {name: partial(self._peers, engine) for name, engine in peers.items()}
+        return arms | {name: peer.ttft_s for name, peer in peers.items() if peer.missed is None}
 
-    def _prompt(self) -> list[int]:
+    def prompt(self) -> list[int]:
         return [*self._memory, *random_tokens(FRESH, seed=next(self._numbers))]
-
-    def _peers(self, engine: BenchEngine) -> float:
-        engine.forget_local()
-        return engine.ask(self._prompt()).ttft_s
 
     def _ours(self, name: str, engine: BenchEngine) -> float:
         engine.forget_local()
         if name == "disk":
             drop(self._files)
         salt = str(next(self._numbers))
-        answer = engine.ask(self._prompt(), salt=salt, scope=SCOPE, store=False, plan=self._plan)
+        answer = engine.ask(self.prompt(), salt=salt, scope=SCOPE, store=False, plan=self._plan)
         if name in TIERS and answer.fields["exact"] != len(self._memory):
             raise RuntimeError(f"{answer.fields['exact']} of {len(self._memory)} tokens came back")
         return answer.ttft_s
+
+
+def _hits(
+    seconds: Mapping[str, Sequence[float]], peers: Mapping[str, Remembered]
+) -> dict[str, Sequence[float]]:
+    """Without peers that missed in some round."""
+    return {name: times for name, times in seconds.items() if name not in peers or peers[name].missed is None}
+
+
+def _told(others: Peers, peers: Mapping[str, Remembered]) -> dict[str, Any]:
+    """The fewest tokens each peer brought back in a round, who missed and who is not there, and why."""
+    return {
+        "brought_back": {name: peer.num_brought for name, peer in peers.items()},
+        "missed": {name: peer.missed for name, peer in peers.items() if peer.missed is not None},
+        "skipped": dict(others.skipped),
+    }
 
 
 def _row(length: int, num_chunks: int, seconds: Mapping[str, Sequence[float]]) -> dict[str, Any]:

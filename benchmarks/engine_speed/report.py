@@ -1,4 +1,4 @@
-"""Tables and a plot of what ``benchmarks.speed`` measured; of a row that is there twice the last counts."""
+"""Tables of what ``benchmarks.speed`` measured; of a row that is there twice the last counts."""
 
 from __future__ import annotations
 
@@ -9,24 +9,35 @@ from typing import Any
 
 Row = Mapping[str, Any]
 
-ARMS = ("computed", "local", "host", "warm", "disk", "ExampleConnector")
+OURS = {"host": "host: of the hit", "warm": "warm", "disk": "disk, cold"}
 NAMES = {
     "computed": "computed",
     "local": "vLLM's own hit",
     "host": "from host",
     "warm": "from warm",
     "disk": "from disk, cold",
-    "ExampleConnector": "vLLM's ExampleConnector",
+}
+# Calls of the scheduler thread, and what vLLM calls them.
+CALLS = {
+    "new_request": "on_new_request",
+    "match": "get_num_new_matched_tokens",
+    "allocated": "update_state_after_alloc",
+    "finished": "request_finished",
 }
 
 
 def latest(results: Path) -> list[Row]:
-    rows: dict[tuple[str, str], Row] = {}
-    with results.open(encoding="utf-8") as lines:
-        for line in lines:
-            row = json.loads(line)
-            rows[row["part"], row["case"]] = row
-    return list(rows.values())
+    return list({(row["part"], row["case"]): row for row in _lines(results)}.values())
+
+
+def latest_searches(results: Path) -> list[Row]:
+    """Of ``benchmarks.retrieval_scale``, through a flat number of chunks."""
+    return list({row["chunks"]: row for row in _lines(results) if "chunks" in row}.values())
+
+
+def _lines(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8") as lines:
+        yield from map(json.loads, lines)
 
 
 def tables(rows: Sequence[Row]) -> str:
@@ -35,41 +46,29 @@ def tables(rows: Sequence[Row]) -> str:
     return "\n\n".join("\n".join(table) for table in found if table)
 
 
-def plot(rows: Sequence[Row], path: Path) -> None:
-    """Time to first token against memory tokens, both axes logarithmic."""
-    import matplotlib.pyplot as plt
-
-    found = sorted((int(row["case"].split()[0]), row) for row in rows if row["part"] == "first token")
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for arm in ARMS:
-        lengths = [length for length, row in found if arm in row["ms"]]
-        axes.plot(lengths, [row["ms"][arm]["median"] for _, row in found], marker="o", label=NAMES[arm])
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks([length for length, _ in found], [f"{length:,}" for length, _ in found])
-    axes.set_xlabel("memory tokens before a turn of 32")
-    axes.set_ylabel("ms to the first token")
-    axes.grid(visible=True, which="both", alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=90, metadata={"Software": None})
-
-
 def _first_token(rows: Sequence[Row]) -> Iterator[str]:
     if not rows:
         return
-    yield (
-        "| memory tokens | computed, ms | vLLM's own hit, ms | host: of the hit | warm | disk, cold"
-        " | ExampleConnector | host: times faster than computing |"
-    )
-    yield "| --- " * 8 + "|"
+    arms = [*OURS, *_peers(rows)]
+    names = [OURS.get(arm, arm) for arm in arms]
+    heads = [
+        "memory tokens",
+        "computed, ms",
+        "vLLM's own hit, ms",
+        *names,
+        "host: times faster than computing",
+    ]
+    yield f"| {' | '.join(heads)} |"
+    yield "| --- " * len(heads) + "|"
     for row in rows:
-        cells = [
-            f"{int(row['case'].split()[0]):,}",
-            _value(row["ms"]["computed"]),
-            _value(row["ms"]["local"]),
-        ]
-        cells += [_value(row["of_local"][arm], 2) for arm in ("host", "warm", "disk", "ExampleConnector")]
+        cells = [_count(row), _value(row["ms"]["computed"]), _value(row["ms"]["local"])]
+        cells += [_value(row["of_local"][arm], 2) if arm in row["of_local"] else "–" for arm in arms]
         yield f"| {' | '.join(cells)} | {_value(row['times_faster']['host'])} |"
+
+
+def _peers(rows: Sequence[Row]) -> list[str]:
+    """Arms of other connectors, in the order of their names."""
+    return sorted({arm for row in rows for arm in row["ms"]} - NAMES.keys())
 
 
 def _short(rows: Sequence[Row]) -> Iterator[str]:
@@ -80,7 +79,7 @@ def _short(rows: Sequence[Row]) -> Iterator[str]:
     for row in rows:
         computed = row["ms"]["computed"]["median"]
         shares = [f"{row['ms'][arm]['median'] / computed:.2f}" for arm in ("host", "when faster")]
-        yield f"| {int(row['case'].split()[0]):,} | {_value(row['ms']['computed'])} | {' | '.join(shares)} |"
+        yield f"| {_count(row)} | {_value(row['ms']['computed'])} | {' | '.join(shares)} |"
 
 
 def _capture(rows: Sequence[Row]) -> Iterator[str]:
@@ -106,9 +105,81 @@ def _loading(rows: Sequence[Row]) -> Iterator[str]:
         yield f"| {row['case']} | {' | '.join(cells)} | {_value(row['p99_of_hits'], 2)} |"
 
 
+def _agents(rows: Sequence[Row]) -> Iterator[str]:
+    if not rows:
+        return
+    yield (
+        "| agents at once | requests/s: computed | vLLM's own hits | ours from host | ours: of computed"
+        " | ours: of the hits | ms to first token: hits | ours |"
+    )
+    yield "| --- " * 8 + "|"
+    for row in rows:
+        cells = [_value(row["requests_per_s"][arm], 2) for arm in ("computed", "local", "host")]
+        cells += [_value(row["of_computed"]["host"], 1), _value(row["of_local"]["host"], 2)]
+        cells += [_value(row["ttft_ms"][arm]) for arm in ("local", "host")]
+        yield f"| {row['agents']} | {' | '.join(cells)} |"
+
+
+def _scheduling(rows: Sequence[Row]) -> Iterator[str]:
+    if not rows:
+        return
+    yield "| call | plan and turn | ms, p50 | p99 | p99 of the thread's own time |"
+    yield "| --- " * 5 + "|"
+    for row in rows:
+        call, _, told = row["case"].partition(": ")
+        if call in CALLS:
+            numbers = (row["ms"]["p50"], row["ms"]["p99"], row["own_ms"]["p99"])
+            yield f"| `{CALLS[call]}` | {told} | {' | '.join(f'{one:.2f}' for one in numbers)} |"
+
+
+def _memory(rows: Sequence[Row]) -> Iterator[str]:
+    if not rows:
+        return
+    yield "| what | how much |"
+    yield "| --- | --- |"
+    for row in rows:
+        if "beyond_budgets_mb" in row:
+            for arm, most in row["beyond_budgets_mb"].items():
+                yield f"| {row['case']}, beyond its budgets, {arm} | {most} MB (at most {row['most_mb']}) |"
+        elif "mb" in row:
+            yield f"| {row['case']} | {row['mb']} MB |"
+        else:
+            yield f"| {row['case']} | {row['bytes']:,.0f} bytes ({row['of_host']:.2f} of host) |"
+
+
+def _growth(rows: Sequence[Row]) -> Iterator[str]:
+    stretches = [row for row in rows if "turns" in row]
+    if not stretches:
+        return
+    yield (
+        "| turns | bytes a token: catalog | blobs beyond their KV | ms to store a turn, median | p99"
+        " | of a plain write |"
+    )
+    yield "| --- " * 6 + "|"
+    for row in stretches:
+        beyond = row["bytes_per_token"]
+        yield (
+            f"| {row['turns']:,} | {beyond['catalog']:.0f} | {beyond['blobs beyond their KV']:.0f}"
+            f" | {row['put_ms']['median']:.2f} | {row['put_p99_ms']:.2f} | {row['put_of_plain_write']:.1f} |"
+        )
+
+
+def _count(row: Row) -> str:
+    return f"{int(row['case'].split()[0]):,}"
+
+
 def _value(found: Mapping[str, float], digits: int = 0) -> str:
     """The median, and the quartiles around it."""
     return f"{found['median']:.{digits}f} ({found['q1']:.{digits}f} to {found['q3']:.{digits}f})"
 
 
-_PARTS = {"first token": _first_token, "short memories": _short, "capture": _capture, "loading": _loading}
+_PARTS = {
+    "first token": _first_token,
+    "short memories": _short,
+    "capture": _capture,
+    "loading": _loading,
+    "agents": _agents,
+    "scheduler thread": _scheduling,
+    "memory": _memory,
+    "growth": _growth,
+}
