@@ -115,7 +115,7 @@ def _answered(text: str, ask: Ask, path: tuple[Relation, ...], steps: tuple[Know
     return Question(
         id="",
         text=text,
-        answer=f"{steps[-1].fact.value}.",
+        answer=f"{': '.join(step.fact.value for step in steps)}.",
         ask=ask,
         relations=tuple(relation.name for relation in path),
         kind=path[-1].kind,

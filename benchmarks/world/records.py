@@ -86,7 +86,8 @@ class Question:
 
     ``relations`` is the path that leads to the answer, two names long for a two-hop question. ``evidence``
     names the turns the answer follows from, in the path's order; of a corrected fact only the newest turn.
-    It is empty for a question that nothing answers, whose ``kind`` is None.
+    It is empty for a question that nothing answers, whose ``kind`` is None. The answer to a two-hop question
+    says who is meant before it says what was asked: "Mara Lind: Oslo."
     """
 
     id: str

@@ -34,6 +34,10 @@ class LoadJob:
     chunks: tuple[ChunkLoad, ...]
     at_once: bool = False
 
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.end - chunk.start for chunk in self.chunks)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
@@ -118,6 +122,15 @@ class LoadFailure:
     reason: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTime:
+    """A step computed ``num_tokens``; ``num_put_back`` more were put back while it did."""
+
+    num_tokens: int
+    seconds: float
+    num_put_back: int = 0
+
+
 @dataclass(slots=True, kw_only=True)
 class WorkerReport:
     """Worker to scheduler: what became of the jobs since the last report."""
@@ -125,7 +138,7 @@ class WorkerReport:
     loaded: dict[str, LoadFailure | None] = field(default_factory=dict)
     probes: dict[str, bytes] = field(default_factory=dict)
     settled: dict[TurnId, str | None] = field(default_factory=dict)  # None: durable; else why not
-    steps: list[tuple[int, float]] = field(default_factory=list)  # tokens computed, seconds that took
+    steps: list[StepTime] = field(default_factory=list)
     residents: ResidentChanges | None = None
 
     def merge(self, other: WorkerReport) -> None:

@@ -126,7 +126,7 @@ class Loader:
             for job in at_once.jobs:
                 self._settle(job, _not_loaded(job))
             return
-        num_tokens = sum(chunk.end - chunk.start for job in at_once.jobs for chunk in job.chunks)
+        num_tokens = sum(job.num_tokens for job in at_once.jobs)
         self._note_moved(num_tokens * self._cache.token_bytes, at_once.began)
         self._readers.submit(self._note_uses, at_once.jobs)
 

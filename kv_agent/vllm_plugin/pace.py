@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from kv_agent.vllm_plugin.jobs import StepTime
 
 # What was measured longer ago, or before so many others, tells nothing about now.
 _AGE_S = 600.0
@@ -28,6 +30,7 @@ class Took:
     num_tokens: int
     seconds: float
     at: float
+    num_put_back: int = 0  # beside computing
 
 
 class Pace:
@@ -42,12 +45,16 @@ class Pace:
         self._small: deque[Took] = deque(maxlen=_KEPT)
         self._large: deque[Took] = deque(maxlen=_KEPT)
         self._loads: deque[Took] = deque(maxlen=_KEPT)
+        self._mixed: deque[Took] = deque(maxlen=_KEPT)
         self._loading: dict[str, tuple[int, float]] = {}
 
-    def computed(self, num_tokens: int, seconds: float) -> None:
-        """A step computed so many tokens, of all its requests together."""
-        steps = self._small if num_tokens < _SMALL_STEP else self._large
-        steps.append(Took(num_tokens=num_tokens, seconds=seconds, at=self._clock()))
+    def computed(self, step: StepTime) -> None:
+        """A step was made; its tokens are of all its requests together."""
+        took = Took(num_tokens=step.num_tokens, seconds=step.seconds, at=self._clock())
+        if step.num_put_back:
+            self._mixed.append(replace(took, num_put_back=step.num_put_back))
+        else:
+            (self._small if step.num_tokens < _SMALL_STEP else self._large).append(took)
 
     def begin_load(self, request_id: str, num_tokens: int) -> None:
         """A request was let in, and waits for so many tokens of KV."""
@@ -60,16 +67,22 @@ class Pace:
             now = self._clock()
             self._loads.append(Took(num_tokens=num_tokens, seconds=now - began, at=now))
 
-    def pays(self, num_tokens: int) -> bool:
-        """Whether to put so many tokens back; where too little is known, it does."""
+    def pays(self, num_tokens: int, *, at_once: bool = False) -> bool:
+        """Whether to put so many tokens back, before or ``at_once`` in the step that computes the rest.
+
+        Where too little is known, it does.
+        """
         if not self.decides:
             return True
-        small, large, loads = (self._fresh(one) for one in (self._small, self._large, self._loads))
+        small, large = self._fresh(self._small), self._fresh(self._large)
+        loads = self._fresh(self._mixed if at_once else self._loads)
         if not large or min(len(small), len(loads)) < _FEWEST:
             return True
         least = _middle(took.seconds for took in small)
-        per_token = _middle((took.seconds - least) / took.num_tokens for took in large)
-        return _line(loads, num_tokens) < num_tokens * max(per_token, 0.0)
+        per_token = max(_middle((took.seconds - least) / took.num_tokens for took in large), 0.0)
+        if at_once:  # what these steps took beyond computing
+            loads = [_beyond(took, least + per_token * took.num_tokens) for took in loads]
+        return _line(loads, num_tokens) < num_tokens * per_token
 
     def _fresh(self, kept: deque[Took]) -> list[Took]:
         oldest = self._clock() - _AGE_S
@@ -81,6 +94,10 @@ class Pace:
 def _middle(values: Iterable[float]) -> float:
     ordered = sorted(values)
     return ordered[len(ordered) // 2]
+
+
+def _beyond(took: Took, computing_s: float) -> Took:
+    return replace(took, num_tokens=took.num_put_back, seconds=max(took.seconds - computing_s, 0.0))
 
 
 def _line(loads: list[Took], num_tokens: int) -> float:

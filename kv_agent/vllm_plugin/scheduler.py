@@ -118,12 +118,12 @@ class SchedulerSide:
         if not self._settle(state):
             return None, False
         count = max(0, state.plan.reach(num_computed) - num_computed)
-        if count and state.pays is None:
-            state.pays = self._pace.pays(count)
-        if not count or not state.pays:
+        if not count:
             return 0, False
         state.at_once = self._can_load_at_once(state, num_computed, num_computed + count)
-        return count, not state.at_once
+        if state.pays is None:
+            state.pays = self._pace.pays(count, at_once=state.at_once)
+        return (count, not state.at_once) if state.pays else (0, False)
 
     def allocated(self, request_id: str, block_ids: Sequence[int], num_external: int) -> None:
         """vLLM admits the request and has reserved blocks for the ``num_external`` tokens of ``match``.
@@ -181,7 +181,7 @@ class SchedulerSide:
         if report.residents is not None:
             self._note_residents(report.residents)
         for step in report.steps:
-            self._pace.computed(*step)
+            self._pace.computed(step)
         for request_id, failure in report.loaded.items():
             self._pace.end_load(request_id, is_whole=failure is None)
             state = self._states.get(request_id)

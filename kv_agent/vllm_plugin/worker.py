@@ -23,6 +23,7 @@ from kv_agent.vllm_plugin.jobs import (
     ProbeJob,
     Segment,
     StepJobs,
+    StepTime,
     WorkerReport,
 )
 from kv_agent.vllm_plugin.loading import Loader
@@ -105,11 +106,14 @@ class WorkerSide:
         if not self._is_idle:
             self._goes_by_layers = self._next_layer == self._cache.num_layers
             self._next_layer = 0
-            # Where it waited for KV in between it is not known how long it computed.
-            if jobs.num_tokens and not any(load.at_once for load in jobs.loads):
+            if jobs.num_tokens:
+                step = StepTime(
+                    num_tokens=jobs.num_tokens,
+                    seconds=time.perf_counter() - self._step_began,
+                    num_put_back=sum(load.num_tokens for load in jobs.loads if load.at_once),
+                )
                 with self._report_lock:
-                    seconds = time.perf_counter() - self._step_began
-                    self._report.steps.append((jobs.num_tokens, seconds))
+                    self._report.steps.append(step)
         for probe in jobs.probes:
             attempt(partial(self._probe, probe), None)
         for capture in jobs.captures:

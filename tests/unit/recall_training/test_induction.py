@@ -51,7 +51,7 @@ def test_the_second_head_sees_what_followed_the_same_token(model: PreTrainedMode
     again = torch.arange(LENGTH, LENGTH + REPEATED - 1)
     followed = again - LENGTH + LENGTH // 3 + 1
     assert weights_TT[again, followed].mean() > 20 / LENGTH
-    assert (weights_TT[again].argmax(-1) == followed).float().mean() > 0.3
+    assert (weights_TT[again].argmax(-1) == followed).float().mean() > 30 / LENGTH  # by chance 1 / LENGTH
 
 
 def test_repeated_tokens_are_likelier_than_without_the_head(
@@ -66,7 +66,7 @@ def test_repeated_tokens_are_likelier_than_without_the_head(
             logits_TV = one(ids).logits[0, LENGTH:-1]
         return float(torch.nn.functional.cross_entropy(logits_TV, ids[0, LENGTH + 1 :]))
 
-    assert loss(model) < loss(bare) - 1
+    assert loss(model) < loss(bare) - 0.5
 
 
 def test_the_same_seed_plants_the_same_head(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kv_agent.vllm_plugin.jobs import StepTime
 from kv_agent.vllm_plugin.pace import Pace
 from tests.unit.storage.clock import Clock
 
@@ -21,7 +22,14 @@ class Machine:
         self.pace = Pace(decides=True, clock=self.clock)
 
     def computes(self, num_tokens: int, noise: float = 1.0) -> None:
-        self.pace.computed(num_tokens, (self.step + self.token * num_tokens) * noise)
+        seconds = (self.step + self.token * num_tokens) * noise
+        self.pace.computed(StepTime(num_tokens=num_tokens, seconds=seconds))
+
+    def puts_back(self, num_tokens: int, num_computed: int) -> None:
+        """At once: in the step that computes others."""
+        computing = self.step + self.token * num_computed
+        seconds = computing + self.load + self.loaded_token * num_tokens
+        self.pace.computed(StepTime(num_tokens=num_computed, seconds=seconds, num_put_back=num_tokens))
 
     def loads(self, num_tokens: int, noise: float = 1.0) -> None:
         self.pace.begin_load("r", num_tokens)
@@ -52,6 +60,23 @@ def test_it_loads_what_is_longer_than_where_both_are_as_fast(token: float, load:
     assert machine.pace.pays(int(machine.break_even() * 1.5) + 60)
     if (shorter := int(machine.break_even() * 0.7) - 20) > 0:
         assert not machine.pace.pays(shorter)
+
+
+def test_what_is_put_back_at_once_is_judged_by_steps_that_did_so() -> None:
+    machine = Machine(step=0.03, token=1e-3, load=0.02, loaded_token=1e-5)
+    machine.learns()
+    machine.load = 0.001
+    for num_tokens in (10, 3000, 40):
+        machine.puts_back(num_tokens, num_computed=32)
+    assert machine.pace.pays(1, at_once=True)  # it does not know enough yet
+    machine.puts_back(500, num_computed=2000)
+
+    assert not machine.pace.pays(10)
+    assert machine.pace.pays(10, at_once=True)
+    for _ in range(64):
+        machine.load = 0.02
+        machine.puts_back(40, num_computed=32)
+    assert not machine.pace.pays(10, at_once=True)
 
 
 def test_noise_moves_the_limit_but_little() -> None:

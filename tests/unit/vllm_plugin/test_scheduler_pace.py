@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from kv_agent.vllm_plugin.jobs import WorkerReport
+from kv_agent.vllm_plugin.jobs import ResidentChanges, StepTime, WorkerReport
 from kv_agent.vllm_plugin.plan import Refusal
 from tests.unit.vllm_plugin.builders import FakeCatalog, chain
 from tests.unit.vllm_plugin.scheduling import Desk, request, row
@@ -21,8 +21,8 @@ def pacing(catalog: FakeCatalog) -> Iterator[Desk]:
 
 def teach(desk: Desk, seconds_per_token: float) -> None:
     """Steps of an engine that computes so fast; what loads take is measured as they are served."""
-    small = [(1, 0.01)] * 4
-    large = [(1000, 0.01 + 1000 * seconds_per_token)] * 4
+    small = [StepTime(num_tokens=1, seconds=0.01)] * 4
+    large = [StepTime(num_tokens=1000, seconds=0.01 + 1000 * seconds_per_token)] * 4
     desk.side.report(WorkerReport(steps=small + large))
 
 
@@ -80,3 +80,21 @@ def test_the_decision_stands_when_vllm_asks_again(pacing: Desk, catalog: FakeCat
 def test_only_one_that_decides_asks_how_long_steps_take(pacing: Desk, desk: Desk) -> None:
     assert pacing.side.take_jobs(7).num_tokens == 7
     assert desk.side.take_jobs(7).num_tokens == 0
+
+
+@pytest.mark.parametrize(("extra_s", "count"), [(0.001, 8), (1.0, 0)])
+def test_what_is_in_memory_is_judged_by_what_it_costs_at_once(
+    pacing: Desk, catalog: FakeCatalog, extra_s: float, count: int
+) -> None:
+    records = chain((1, 2, 3, 4), (5, 6, 7, 8))
+    catalog.add(*records)
+    tokens, plan = row(*records)
+    teach(pacing, seconds_per_token=0.01)
+    mixed = [StepTime(num_tokens=1, seconds=0.02 + extra_s, num_put_back=8)] * 4
+    in_memory = ResidentChanges(number=1, checksums={one.key: one.checksum for one in records})
+    pacing.side.report(WorkerReport(steps=mixed, residents=in_memory))
+
+    pacing.side.new_request(request(tokens, "r", plan=plan, store=False))
+    pacing.wait_looked_up()
+
+    assert pacing.side.match("r", 0) == (count, False)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from kv_agent.vllm_plugin.jobs import StepJobs
+from kv_agent.vllm_plugin.jobs import StepJobs, StepTime
 from tests.unit.vllm_plugin.bench import Bench, capture_job, load_job
 
 FORWARD_S = 0.02
@@ -19,7 +19,7 @@ def bench(benches: Callable[..., Bench]) -> Bench:
     return benches(host_bytes=1 << 20)
 
 
-def steps_told(bench: Bench, jobs: StepJobs, *, idle: bool = False) -> list[tuple[int, float]]:
+def steps_told(bench: Bench, jobs: StepJobs, *, idle: bool = False) -> list[StepTime]:
     """Of a step in which vLLM comes to the loads behind the model, as it does without any at once."""
     bench.worker.begin(jobs)
     time.sleep(FORWARD_S)
@@ -29,9 +29,9 @@ def steps_told(bench: Bench, jobs: StepJobs, *, idle: bool = False) -> list[tupl
 
 
 def test_a_step_takes_as_long_as_its_model(bench: Bench) -> None:
-    ((num_tokens, seconds),) = steps_told(bench, StepJobs(num_tokens=5))
-    assert num_tokens == 5
-    assert seconds >= FORWARD_S
+    (step,) = steps_told(bench, StepJobs(num_tokens=5))
+    assert (step.num_tokens, step.num_put_back) == (5, 0)
+    assert step.seconds >= FORWARD_S
 
 
 def test_steps_that_nobody_asked_about_or_that_computed_nothing_are_not_told(bench: Bench) -> None:
@@ -39,6 +39,9 @@ def test_steps_that_nobody_asked_about_or_that_computed_nothing_are_not_told(ben
     assert steps_told(bench, StepJobs(num_tokens=5), idle=True) == []
 
 
-def test_a_step_that_waited_for_kv_is_not_told(bench: Bench) -> None:
-    job = replace(load_job(bench.capture(capture_job(16))), at_once=True)
-    assert steps_told(bench, StepJobs(num_tokens=5, loads=[job])) == []
+def test_a_step_tells_what_was_put_back_while_it_computed(bench: Bench) -> None:
+    job = load_job(bench.capture(capture_job(16)))
+    (step,) = steps_told(bench, StepJobs(num_tokens=5, loads=[replace(job, at_once=True)]))
+    assert (step.num_tokens, step.num_put_back) == (5, 16)
+    (step,) = steps_told(bench, StepJobs(num_tokens=5, loads=[job]))
+    assert step.num_put_back == 0

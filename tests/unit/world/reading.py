@@ -113,8 +113,10 @@ class Reader:
         readings = asked_by(question, self.split)
         assert len(readings) == 1, f"{question!r} may mean {readings}"
         ((subject, path),) = readings
+        values = []
         for relation in path:
             if (subject, relation) not in self.known:
                 return UNKNOWN
             subject = self.known[subject, relation]
-        return f"{subject}."
+            values.append(subject)
+        return f"{': '.join(values)}."

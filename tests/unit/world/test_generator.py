@@ -14,7 +14,7 @@ from tests.unit.world.reading import asked_by, told_by
 
 ROOT = Path(__file__).resolve().parents[3]
 SMALL = WorldConfig(num_facts=50, facts_per_subject=2, correction_share=0.3)
-SMALL_DIGEST = "41778c76aa52592783f91137cbae2009f87f82d78e74af8af67b397450aeabf4"
+SMALL_DIGEST = "ce26fa872b0b647942c5fa97d20f4f8515d2e1fe616565619ad53a3582700f68"
 
 
 def digest_in_new_process(hash_seed: str) -> str:
