@@ -7,13 +7,13 @@ server copies from and to vLLM's KV cache, which both have in shared memory.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.engine_speed.engines import BLOCK
 from benchmarks.peers.environments import Recipe, prepared
-from benchmarks.peers.remote_engine import CACHE_BLOCKS, RemoteEngine
-from benchmarks.peers.servers import HOST, free_ports, running
+from benchmarks.peers.remote_engine import RemoteEngine, engine_beside
+from benchmarks.peers.servers import HOST, free_ports
 
 RECIPE = Recipe(
     name="lmcache",
@@ -54,17 +54,5 @@ def opened(model: Path, folder: Path) -> Iterator[RemoteEngine]:
         "kv_role": "kv_both",
         "kv_connector_extra_config": {"lmcache.mp.host": f"tcp://{HOST}", "lmcache.mp.port": port},
     }
-    with (
-        running(server, variables, folder / "server.log", port),
-        closing(
-            RemoteEngine.of_model(
-                model,
-                environment.python,
-                variables,
-                folder / "engine.log",
-                kv_transfer_config=config,
-                num_gpu_blocks_override=CACHE_BLOCKS,
-            )
-        ) as engine,
-    ):
+    with engine_beside(server, port, environment, variables, folder, model, config) as engine:
         yield engine

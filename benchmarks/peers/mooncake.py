@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.peers.environments import Recipe, prepared
-from benchmarks.peers.remote_engine import CACHE_BLOCKS, RemoteEngine
-from benchmarks.peers.servers import HOST, free_ports, running
+from benchmarks.peers.remote_engine import RemoteEngine, engine_beside
+from benchmarks.peers.servers import HOST, free_ports
 
 RECIPE = Recipe(
     name="mooncake",
@@ -44,17 +44,5 @@ def opened(model: Path, folder: Path) -> Iterator[RemoteEngine]:
         f"-metrics_host={HOST}", f"-metrics_port={metrics_port}",
     ]  # fmt: skip
     config = {"kv_connector": "MooncakeStoreConnector", "kv_role": "kv_both"}
-    with (
-        running(master, variables, folder / "master.log", port),
-        closing(
-            RemoteEngine.of_model(
-                model,
-                environment.python,
-                variables,
-                folder / "engine.log",
-                kv_transfer_config=config,
-                num_gpu_blocks_override=CACHE_BLOCKS,
-            )
-        ) as engine,
-    ):
+    with engine_beside(master, port, environment, variables, folder, model, config) as engine:
         yield engine

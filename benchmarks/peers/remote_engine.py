@@ -10,17 +10,17 @@ import queue
 import subprocess
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from benchmarks.engine_speed.engines import Answer
-from benchmarks.peers.environments import PeerUnavailable
-from benchmarks.peers.servers import first_error, last_lines, stop
+from benchmarks.peers.environments import Environment, PeerUnavailable
+from benchmarks.peers.servers import first_error, last_lines, running, stop
 
 _CHILD = ("-m", "benchmarks.peers.engine_process")
-CACHE_BLOCKS = 256  # several prompts of the longest length, a third of what vLLM would take
+_CACHE_BLOCKS = 256  # several prompts of the longest length, a third of what vLLM would take
 _START_TIMEOUT_S = 300.0
 _ANSWER_TIMEOUT_S = 300.0
 _CLOSE_TIMEOUT_S = 20.0
@@ -53,13 +53,6 @@ class RemoteEngine:
             self.close()
             # vLLM itself only says that the cause is in the log.
             raise PeerUnavailable(f"its engine does not start: {first_error(log) or err}") from err
-
-    @classmethod
-    def of_model(
-        cls, model: Path, python: Path, variables: Mapping[str, str], log: Path, **options: Any
-    ) -> RemoteEngine:
-        """A ``BenchEngine(model, **options)`` under ``python``."""
-        return cls([str(python), *_CHILD, str(model), json.dumps(options)], variables, log)
 
     def ask(self, token_ids: Sequence[int], *, salt: str | None = None, **options: Any) -> Answer:
         """One token, on an idle engine; times are of the other process's clock."""
@@ -112,3 +105,26 @@ class RemoteEngine:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             self._lines.put(line)
+
+
+@contextmanager
+def engine_beside(
+    server: Sequence[str],
+    port: int,
+    environment: Environment,
+    variables: Mapping[str, str],
+    folder: Path,
+    model: Path,
+    config: Mapping[str, Any],
+) -> Iterator[RemoteEngine]:
+    """A ``BenchEngine`` whose connector has this configuration, while its server runs; logs go to ``folder``.
+
+    Raises ``PeerUnavailable``.
+    """
+    options = {"kv_transfer_config": config, "num_gpu_blocks_override": _CACHE_BLOCKS}
+    engine = [str(environment.python), *_CHILD, str(model), json.dumps(options)]
+    with (
+        running(server, variables, folder / "server.log", port),
+        closing(RemoteEngine(engine, variables, folder / "engine.log")) as opened,
+    ):
+        yield opened
