@@ -1,7 +1,8 @@
 # Every target that runs Python first brings .venv up to date (instant when nothing changed).
 
 PYTHON := .venv/bin/python
-TESTS ?= tests
+# Tests without an engine run side by side; one engine takes all cores.
+UNIT_TESTS = $(PYTHON) -m pytest tests/unit --numprocesses 2 --dist worksteal
 RUNS ?= 100000
 BENCH ?=
 
@@ -30,10 +31,15 @@ demo: setup ## several agents sharing memories on a real vLLM engine
 
 test: check-static ## static checks and all tests (TESTS=path limits the tests)
 	@scripts/browser.sh
+ifdef TESTS
 	@$(PYTHON) -m pytest $(TESTS)
+else
+	@$(UNIT_TESTS)
+	@$(PYTHON) -m pytest tests/engine
+endif
 
 check: check-static ## static checks and the quick unit tests, without vLLM
-	@$(PYTHON) -m pytest tests/unit -m "not slow"
+	@$(UNIT_TESTS) -m "not slow"
 
 check-static: setup ## formatting, lint and types
 	@$(PYTHON) -m ruff format --check .
