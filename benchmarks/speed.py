@@ -50,7 +50,7 @@ FULL: Mapping[str, Part] = {
         model, folder, plans=100, memory_tokens=4096, memories=25, rounds=3
     ),
     "agents": lambda model, folder: agents.measure(
-        model, folder, counts=(1, 2, 4, 8, 16, 32, 64), memory_tokens=1024, rounds=3
+        model, folder, counts=(1, 4, 16, 64), memory_tokens=512, rounds=2
     ),
     "scheduling": lambda _, folder: scheduling.measure(folder, num_turns=100_000, num_waiting=1000),
     "memory": lambda model, folder: memory.measure(

@@ -87,7 +87,6 @@ class Loader:
         self._residents = residents
         self._staging = Staging(cache, scheme)
         self._direct = None if cache.copier is None else DirectWriter(cache.copier, scheme)
-        self._num_threads = num_threads
         self._readers = ThreadPoolExecutor(num_threads, "kv-agent-reader", initializer=use_own_cpus)
         if scheme is not None:
             self._readers.submit(prepare_rotation, scheme, cache.dtype, cache.device)
@@ -180,7 +179,7 @@ class Loader:
                 going.append(job)
         work = LayerByLayer(works, self._cache.num_layers)
         self._at_once = _AtOnce(jobs=going, work=work, began=began)
-        for _ in range(self._num_threads if works else 0):
+        if works:  # one helps: the model's own threads want the cores as well
             self._readers.submit(work.help)
 
     def _works_of(self, job: LoadJob) -> list[LayerWork]:
