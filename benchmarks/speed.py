@@ -40,17 +40,31 @@ Part = Callable[[Path, Path], Iterator[dict[str, Any]]]
 
 FULL: Mapping[str, Part] = {
     "first-token": lambda model, folder: first_token.measure(
-        model, folder, lengths=(512, 1024, 2048, 4096, 8192), rounds=5, peers=opening.ALL
+        model, folder, lengths=(512, 1024, 2048, 4096, 8192), rounds=5, peers=opening.BUNDLED
+    ),
+    "peers": lambda model, folder: first_token.measure(
+        model,
+        folder,
+        lengths=(512, 1024, 2048, 4096),
+        rounds=5,
+        part="peers",
+        settings=first_token.FEW,
+        peers=opening.ALL,
     ),
     "short": lambda model, folder: first_token.measure(
-        model, folder, lengths=(8, 16, 32, 64, 128, 256), rounds=15, settings=first_token.SHORT
+        model,
+        folder,
+        lengths=(8, 16, 32, 64, 128, 256),
+        rounds=15,
+        part="short memories",
+        settings=first_token.SHORT,
     ),
     "capture": lambda model, folder: capturing.measure(model, folder, num_requests=16, rounds=3),
     "loading": lambda model, folder: loading.measure(
         model, folder, plans=100, memory_tokens=4096, memories=25, rounds=3
     ),
     "agents": lambda model, folder: agents.measure(
-        model, folder, counts=(1, 4, 16, 64), memory_tokens=512, rounds=2
+        model, folder, counts=(1, 8, 64), memory_tokens=512, rounds=2
     ),
     "scheduling": lambda _, folder: scheduling.measure(folder, num_turns=100_000, num_waiting=1000),
     "memory": lambda model, folder: memory.measure(
@@ -59,11 +73,18 @@ FULL: Mapping[str, Part] = {
     "growth": lambda _, folder: growth.measure(folder, counts=(100, 300, 1000, 3000, 10_000, 30_000)),
 }
 QUICK: Mapping[str, Part] = {
-    "first-token": lambda model, folder: first_token.measure(
-        model, folder, lengths=(512,), rounds=2, peers=opening.BUNDLED
+    "first-token": lambda model, folder: first_token.measure(model, folder, lengths=(512,), rounds=2),
+    "peers": lambda model, folder: first_token.measure(
+        model,
+        folder,
+        lengths=(512,),
+        rounds=2,
+        part="peers",
+        settings=first_token.FEW,
+        peers=opening.BUNDLED,  # the others have packages to install
     ),
     "short": lambda model, folder: first_token.measure(
-        model, folder, lengths=(16, 256), rounds=5, settings=first_token.SHORT
+        model, folder, lengths=(16, 256), rounds=5, part="short memories", settings=first_token.SHORT
     ),
     "capture": lambda model, folder: capturing.measure(model, folder, num_requests=4, rounds=2),
     "loading": lambda model, folder: loading.measure(

@@ -26,6 +26,8 @@ TIERS: Settings = {
     "warm": {"host_bytes": 0, "warm_bytes": _ROOMY},
     "disk": {"host_bytes": 0, "warm_bytes": 0},
 }
+# Beside peers, each of which takes the memory of two engines.
+FEW: Settings = {name: TIERS[name] for name in ("host", "disk")}
 # Short memories: all of them put back, and those that it pays for.
 SHORT: Settings = {
     "host": TIERS["host"],
@@ -38,10 +40,15 @@ def measure(
     folder: Path,
     lengths: Sequence[int],
     rounds: int,
+    *,
+    part: str = "first token",
     settings: Settings = TIERS,
     peers: Openers = NONE,
 ) -> Iterator[dict[str, Any]]:
-    """A row for each number of memory tokens, an arm for each of the ``settings`` and each peer that hits."""
+    """A row for each number of memory tokens, an arm for each of the ``settings`` and each peer that hits.
+
+    ``part`` is what the rows are called.
+    """
     with ExitStack() as stack:
         catalog = stack.enter_context(closing(Catalog(folder / "catalog.sqlite3")))
         plain = stack.enter_context(closing(BenchEngine(model)))
@@ -60,7 +67,6 @@ def measure(
                 name: remembered(engine, memory, case.prompt) for name, engine in others.engines.items()
             }
             seconds = interleaved(case.arms(plain, tiers, theirs), rounds)
-            part = "first token" if settings is TIERS else "short memories"
             told = _told(others, theirs) if peers else {}
             yield {"part": part, **_row(length, len(records), _hits(seconds, theirs)), **told}
 

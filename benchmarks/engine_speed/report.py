@@ -49,7 +49,7 @@ def tables(rows: Sequence[Row]) -> str:
 def _first_token(rows: Sequence[Row]) -> Iterator[str]:
     if not rows:
         return
-    arms = [*OURS, *_peers(rows)]
+    arms = [arm for arm in OURS if any(arm in row["of_local"] for row in rows)] + _peers(rows)
     names = [OURS.get(arm, arm) for arm in arms]
     heads = [
         "memory tokens",
@@ -175,6 +175,7 @@ def _value(found: Mapping[str, float], digits: int = 0) -> str:
 
 _PARTS = {
     "first token": _first_token,
+    "peers": _first_token,
     "short memories": _short,
     "capture": _capture,
     "loading": _loading,
