@@ -24,9 +24,9 @@ def plot(rows: Sequence[Row], searches: Sequence[Row], path: Path) -> None:
     ]
     for one, (draw, found) in zip(axes.flat, parts, strict=True):
         if found:
-            draw(one, found)
             one.set_xscale("log", base=2 if draw in (_first_token, _agents) else 10)
             one.set_yscale("log")
+            draw(one, found)
             one.grid(visible=True, which="both", alpha=0.3)
             one.legend(fontsize=8)
         else:
