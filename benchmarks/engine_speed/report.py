@@ -17,6 +17,7 @@ NAMES = {
     "warm": "from warm",
     "disk": "from disk, cold",
 }
+_HEAD_LINES = 2  # of a table; one that has no more is left out
 # Calls of the scheduler thread, and what vLLM calls them.
 CALLS = {
     "new_request": "on_new_request",
@@ -43,27 +44,23 @@ def _lines(path: Path) -> Iterator[Row]:
 def tables(rows: Sequence[Row]) -> str:
     """Every table, with what it says in its head."""
     found = (list(part([row for row in rows if row["part"] == name])) for name, part in _PARTS.items())
-    return "\n\n".join("\n".join(table) for table in found if table)
+    return "\n\n".join("\n".join(table) for table in found if len(table) > _HEAD_LINES)
 
 
 def _first_token(rows: Sequence[Row]) -> Iterator[str]:
-    if not rows:
-        return
     arms = [arm for arm in OURS if any(arm in row["of_local"] for row in rows)] + _peers(rows)
     names = [OURS.get(arm, arm) for arm in arms]
-    heads = [
+    yield from _head(
         "memory tokens",
         "computed, ms",
         "vLLM's own hit, ms",
         *names,
         "host: times faster than computing",
-    ]
-    yield f"| {' | '.join(heads)} |"
-    yield "| --- " * len(heads) + "|"
+    )
     for row in rows:
         cells = [_count(row), _value(row["ms"]["computed"]), _value(row["ms"]["local"])]
         cells += [_value(row["of_local"][arm], 2) if arm in row["of_local"] else "–" for arm in arms]
-        yield f"| {' | '.join(cells)} | {_value(row['times_faster']['host'])} |"
+        yield _line(*cells, _value(row["times_faster"]["host"]))
 
 
 def _peers(rows: Sequence[Row]) -> list[str]:
@@ -72,96 +69,103 @@ def _peers(rows: Sequence[Row]) -> list[str]:
 
 
 def _short(rows: Sequence[Row]) -> Iterator[str]:
-    if not rows:
-        return
-    yield "| memory tokens | computed, ms | always put back: of computing | put back when faster |"
-    yield "| --- " * 4 + "|"
+    yield from _head("memory tokens", "computed, ms", "always put back: of computing", "put back when faster")
     for row in rows:
         computed = row["ms"]["computed"]["median"]
         shares = [f"{row['ms'][arm]['median'] / computed:.2f}" for arm in ("host", "when faster")]
-        yield f"| {_count(row)} | {_value(row['ms']['computed'])} | {' | '.join(shares)} |"
+        yield _line(_count(row), _value(row["ms"]["computed"]), *shares)
 
 
 def _capture(rows: Sequence[Row]) -> Iterator[str]:
-    if not rows:
-        return
-    yield "| 16 chats at once | prompt tokens/s | of no connector | ms to first token | of no connector |"
-    yield "| --- " * 5 + "|"
+    of_none = "of no connector"
+    yield from _head("16 chats at once", "prompt tokens/s", of_none, "ms to first token", of_none)
     for row in rows:
-        yield (
-            f"| {row['case']} | {_value(row['prompt_tokens_per_s'])}"
-            f" | {_value(row['throughput_of_no_connector'], 3)} | {_value(row['ttft_ms'])}"
-            f" | {_value(row['ttft_of_no_connector'], 3)} |"
+        yield _line(
+            row["case"],
+            _value(row["prompt_tokens_per_s"]),
+            _value(row["throughput_of_no_connector"], 3),
+            _value(row["ttft_ms"]),
+            _value(row["ttft_of_no_connector"], 3),
         )
 
 
 def _loading(rows: Sequence[Row]) -> Iterator[str]:
-    if not rows:
-        return
-    yield "| meanwhile | ms between tokens, p50: hits | loads | p99: hits | loads | p99, loads of hits |"
-    yield "| --- " * 6 + "|"
+    p50 = "ms between tokens, p50: hits"
+    yield from _head("meanwhile", p50, "loads", "p99: hits", "loads", "p99, loads of hits")
     for row in rows:
         cells = [_value(row[share][arm], 1) for share in ("p50_ms", "p99_ms") for arm in ("hits", "loads")]
-        yield f"| {row['case']} | {' | '.join(cells)} | {_value(row['p99_of_hits'], 2)} |"
+        yield _line(row["case"], *cells, _value(row["p99_of_hits"], 2))
 
 
 def _agents(rows: Sequence[Row]) -> Iterator[str]:
-    if not rows:
-        return
-    yield (
-        "| agents at once | requests/s: computed | vLLM's own hits | ours from host | ours: of computed"
-        " | ours: of the hits | ms to first token: hits | ours |"
+    yield from _head(
+        "agents at once",
+        "requests/s: computed",
+        "vLLM's own hits",
+        "ours from host",
+        "ours: of computed",
+        "ours: of the hits",
+        "ms to first token: hits",
+        "ours",
     )
-    yield "| --- " * 8 + "|"
     for row in rows:
         cells = [_value(row["requests_per_s"][arm], 2) for arm in ("computed", "local", "host")]
         cells += [_value(row["of_computed"]["host"], 1), _value(row["of_local"]["host"], 2)]
         cells += [_value(row["ttft_ms"][arm]) for arm in ("local", "host")]
-        yield f"| {row['agents']} | {' | '.join(cells)} |"
+        yield _line(str(row["agents"]), *cells)
 
 
 def _scheduling(rows: Sequence[Row]) -> Iterator[str]:
-    if not rows:
-        return
-    yield "| call | plan and turn | ms, p50 | p99 | p99 of the thread's own time |"
-    yield "| --- " * 5 + "|"
+    yield from _head("call", "plan and turn", "ms, p50", "p99", "p99 of the thread's own time")
     for row in rows:
         call, _, told = row["case"].partition(": ")
         if call in CALLS:
             numbers = (row["ms"]["p50"], row["ms"]["p99"], row["own_ms"]["p99"])
-            yield f"| `{CALLS[call]}` | {told} | {' | '.join(f'{one:.2f}' for one in numbers)} |"
+            yield _line(f"`{CALLS[call]}`", told, *(f"{one:.2f}" for one in numbers))
 
 
 def _memory(rows: Sequence[Row]) -> Iterator[str]:
-    if not rows:
-        return
-    yield "| what | how much |"
-    yield "| --- | --- |"
+    yield from _head("what", "how much")
     for row in rows:
         if "beyond_budgets_mb" in row:
             for arm, most in row["beyond_budgets_mb"].items():
-                yield f"| {row['case']}, beyond its budgets, {arm} | {most} MB (at most {row['most_mb']}) |"
+                beyond = f"{row['case']}, beyond its budgets, {arm}"
+                yield _line(beyond, f"{most} MB (at most {row['most_mb']})")
         elif "mb" in row:
-            yield f"| {row['case']} | {row['mb']} MB |"
+            yield _line(row["case"], f"{row['mb']} MB")
         else:
-            yield f"| {row['case']} | {row['bytes']:,.0f} bytes ({row['of_host']:.2f} of host) |"
+            yield _line(row["case"], f"{row['bytes']:,.0f} bytes ({row['of_host']:.2f} of host)")
 
 
 def _growth(rows: Sequence[Row]) -> Iterator[str]:
-    stretches = [row for row in rows if "turns" in row]
-    if not stretches:
-        return
-    yield (
-        "| turns | bytes a token: catalog | blobs beyond their KV | ms to store a turn, median | p99"
-        " | of a plain write |"
+    yield from _head(
+        "turns",
+        "bytes a token: catalog",
+        "blobs beyond their KV",
+        "ms to store a turn, median",
+        "p99",
+        "of a plain write",
     )
-    yield "| --- " * 6 + "|"
-    for row in stretches:
-        beyond = row["bytes_per_token"]
-        yield (
-            f"| {row['turns']:,} | {beyond['catalog']:.0f} | {beyond['blobs beyond their KV']:.0f}"
-            f" | {row['put_ms']['median']:.2f} | {row['put_p99_ms']:.2f} | {row['put_of_plain_write']:.1f} |"
-        )
+    for row in rows:
+        if "turns" in row:
+            beyond = row["bytes_per_token"]
+            yield _line(
+                f"{row['turns']:,}",
+                f"{beyond['catalog']:.0f}",
+                f"{beyond['blobs beyond their KV']:.0f}",
+                f"{row['put_ms']['median']:.2f}",
+                f"{row['put_p99_ms']:.2f}",
+                f"{row['put_of_plain_write']:.1f}",
+            )
+
+
+def _head(*names: str) -> Iterator[str]:
+    yield _line(*names)
+    yield "| --- " * len(names) + "|"
+
+
+def _line(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _count(row: Row) -> str:

@@ -54,5 +54,13 @@ def opened(model: Path, folder: Path) -> Iterator[RemoteEngine]:
         "kv_role": "kv_both",
         "kv_connector_extra_config": {"lmcache.mp.host": f"tcp://{HOST}", "lmcache.mp.port": port},
     }
-    with engine_beside(server, port, environment, variables, folder, model, config) as engine:
+    with engine_beside(
+        server,
+        port=port,
+        environment=environment,
+        variables=variables,
+        folder=folder,
+        model=model,
+        config=config,
+    ) as engine:
         yield engine

@@ -44,5 +44,13 @@ def opened(model: Path, folder: Path) -> Iterator[RemoteEngine]:
         f"-metrics_host={HOST}", f"-metrics_port={metrics_port}",
     ]  # fmt: skip
     config = {"kv_connector": "MooncakeStoreConnector", "kv_role": "kv_both"}
-    with engine_beside(master, port, environment, variables, folder, model, config) as engine:
+    with engine_beside(
+        master,
+        port=port,
+        environment=environment,
+        variables=variables,
+        folder=folder,
+        model=model,
+        config=config,
+    ) as engine:
         yield engine

@@ -110,6 +110,7 @@ class RemoteEngine:
 @contextmanager
 def engine_beside(
     server: Sequence[str],
+    *,
     port: int,
     environment: Environment,
     variables: Mapping[str, str],

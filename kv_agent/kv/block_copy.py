@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kv_agent.kv.block_kernels import Layout, Strided, compiled
-from kv_agent.kv.vector_words import VECTOR_BYTES
+from kv_agent.kv.vector_code import VECTOR_BYTES
 
 _WORD_BYTES = 8
 

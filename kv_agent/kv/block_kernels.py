@@ -15,15 +15,8 @@ from typing import Any
 import numpy as np
 
 from kv_agent.kv import rotation_kernel
-from kv_agent.kv.vector_words import (
-    DIMS,
-    TOKENS,
-    VECTOR_BYTES,
-    address_pointer,
-    column_writer,
-    fence,
-    row_copier,
-)
+from kv_agent.kv.vector_code import VECTOR_BYTES
+from kv_agent.kv.vector_words import DIMS, TOKENS, address_pointer, column_writer, fence, row_copier
 
 _WORD_BYTES = 8
 _TILE = 4  # items of two bytes in a word
@@ -77,7 +70,7 @@ def compiled(layout: Layout, *, to_blocks: bool, turns: bool) -> Callable[..., N
     row, item_bytes = H * D, np.uint64(layout.item_bytes)
     copy_keys, copy_values = (_half_copier(layout, half, to_blocks) for half in (layout.key, layout.value))
     rotate: Any = rotation_kernel.compiled() if turns else None
-    halves, all_stored, tokens = address_pointer(np.uint16), fence(), np.uint64(TOKENS)
+    halves, all_stored, at_once = address_pointer(np.uint16), fence(), np.uint64(TOKENS)
 
     def copy_all(
         keys_N: Any,
@@ -94,7 +87,7 @@ def compiled(layout: Layout, *, to_blocks: bool, turns: bool) -> Callable[..., N
         first_layer: Any,
         end_layer: Any,
     ) -> None:
-        scratch = np.empty(tokens * row if turns else 0, np.uint16)
+        scratch = np.empty(at_once * row if turns else 0, np.uint16)
         for layer in range(first_layer, end_layer):
             for n in range(len(keys_N)):
                 keys = keys_N[n] + np.uint64(layer) * key_steps_N[n]
@@ -105,7 +98,7 @@ def compiled(layout: Layout, *, to_blocks: bool, turns: bool) -> Callable[..., N
                     count = min(P - inside, counts_N[n] - done)
                     block = blocks[(start + done) // P]
                     if turns and turned_N[n]:  # so few that they stay in the nearest cache
-                        count = min(count, tokens - inside % tokens)
+                        count = min(count, at_once - inside % at_once)
                         plain = numba.carray(halves(keys + done * row * item_bytes), _ENDLESS)
                         rotate(plain, scratch, 0, 0, 1, count * H, D, cos_NF[n], sin_NF[n])
                         copy_keys(np.uint64(scratch.ctypes.data), caches_L[layer], block, inside, count)
@@ -172,21 +165,22 @@ def _columns(layout: Layout, half: Strided) -> Any:
     write_few = _tiles(layout, half, to_blocks=True)
     block_step, first = np.uint64(layout.block_items * 2), np.uint64(half.first * 2)
     per_head, per_dim, item = np.uint64(half.head * 2), np.uint64(half.dim * 2), np.uint64(2)
-    tokens, dims = np.uint64(TOKENS), np.uint64(DIMS)
+    at_once, dims = np.uint64(TOKENS), np.uint64(DIMS)
 
     def copy(plain: Any, cache: Any, block: Any, inside: Any, count: Any) -> None:
-        before = min((tokens - inside % tokens) % tokens, count)
+        before = min((at_once - inside % at_once) % at_once, count)
         if before:
             write_few(plain, cache, block, inside, before)
         start = cache + block * block_step + first
         done = before
-        while done + tokens <= count:
+        while done + at_once <= count:
             for h in range(H):
                 for d in range(np.uint64(0), D, dims):
                     there = start + h * per_head + d * per_dim + (inside + done) * item
-                    ahead = plain + (done + tokens) * row + (h * D + d) * tokens * item
+                    # The next 32 tokens, which lie together: each of the calls for these fetches its share.
+                    ahead = plain + (done + at_once) * row + (h * D + d) * at_once * item
                     write_columns(there, plain + done * row + (h * D + d) * item, ahead)
-            done += tokens
+            done += at_once
         if done < count:
             write_few(plain + done * row, cache, block, inside + done, count - done)
 

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kv_agent.kv.vector_words import PLANES, plane_turner
+from kv_agent.kv.vector_code import PLANES
+from kv_agent.kv.vector_words import plane_turner
 
 _ITEM_BYTES, _FLOAT_BYTES = 2, 4
 
