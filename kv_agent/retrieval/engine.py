@@ -19,8 +19,9 @@ from torch import Tensor
 
 from kv_agent.chunks import ChunkKey, ContentKey, Fingerprint, IndexChange, Scope, TurnId
 from kv_agent.errors import KVAgentError
+from kv_agent.retrieval import maxsim_kernel
 from kv_agent.retrieval.index import IndexHit, NamespaceIndex
-from kv_agent.retrieval.interaction import documents_of, shares
+from kv_agent.retrieval.interaction import shares
 from kv_agent.retrieval.pooling import as_rows
 from kv_agent.retrieval.sketches import Sketch, read_sketch, rounded
 from kv_agent.retrieval.token_space import Tokens
@@ -94,6 +95,7 @@ class RetrievalEngine:
         self._idle_s, self._max_bytes = idle_s, max_bytes
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="kv-agent-fit")
+        self._threads.submit(maxsim_kernel.compiled)  # so that no search need wait for it
         self._indexes: OrderedDict[str, NamespaceIndex] = OrderedDict()  # the latest used last
         self._used_at: dict[str, float] = {}
         self._saved_seq: dict[str, int] = {}
@@ -184,7 +186,7 @@ class RetrievalEngine:
             return []
         query = index.token_space.query(query_tV)
         num_others = index.num_entries - len(tokens)
-        won = shares(query, documents_of(tokens), index.background, num_others).tolist()
+        won = shares(query, tokens, index.background, num_others).tolist()
         scored = [(copy.newest, score) for copy, score in zip(copies, won, strict=False)]
         return sorted(scored, key=lambda pair: (-pair[1], -pair[0].entry_id))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,6 @@ import numpy.typing as npt
 
 from kv_agent.chunks import ChunkKey
 from kv_agent.retrieval.entries import Halves, Rows
-from kv_agent.retrieval.interaction import Documents, documents_of
 from kv_agent.retrieval.neighbours import Neighbours, build
 from kv_agent.retrieval.sketches import Sketch
 from kv_agent.retrieval.snapshot import Arrays
@@ -19,6 +18,7 @@ from kv_agent.retrieval.spaces import Space, Spaces, centred_on, whitening_of
 from kv_agent.retrieval.token_space import Tokens, TokenSpace
 
 MIN_CENTRED = 2  # of one entry alone nothing would be left
+_COLUMNS = ("levels", "scales", "inverse")  # of tokens, in a snapshot
 _SAMPLED_TOKENS = 16_384
 _SAMPLED_ROWS = 65_536  # for a mean, where no tokens are known
 
@@ -30,8 +30,8 @@ class Fit:
     rows_N: Rows
     num_rows: int  # of the table, dead ones included, when it was fitted
     spaces: Spaces
-    background: Documents | None
-    sampled: list[ChunkKey]  # the documents of the background
+    background: list[Tokens]  # of each document sampled; empty if no single tokens are known
+    sampled: list[ChunkKey]  # whose documents they are
     neighbours: Neighbours
 
 
@@ -43,10 +43,10 @@ def fit(vectors_NV: Halves, rows_N: Rows, sample: Mapping[ChunkKey, Sketch]) -> 
     while len(sampled) > 1 and sum(num_tokens[key] for key in sampled) > _SAMPLED_TOKENS:
         sampled = sampled[::2]
     known = [sample[key] for key in sampled]
-    spaces, background = Spaces(), None
+    spaces, background = Spaces(), list[Tokens]()
     if len(rows_N) >= MIN_CENTRED and sum(num_tokens[key] for key in sampled) >= MIN_CENTRED:
         spaces = whitening_of(np.concatenate([one.keys() for one in known]))
-        background = documents_of(spaces.tokens.place(known))
+        background = spaces.tokens.place(known)
     elif len(rows_N) >= MIN_CENTRED:
         step = -(-len(rows_N) // _SAMPLED_ROWS)
         spaces = centred_on(vectors_NV[rows_N[::step]].astype(np.float32))
@@ -55,35 +55,36 @@ def fit(vectors_NV: Halves, rows_N: Rows, sample: Mapping[ChunkKey, Sketch]) -> 
         num_rows=len(vectors_NV),
         spaces=spaces,
         background=background,
-        sampled=sampled if background is not None else [],
+        sampled=sampled if background else [],
         neighbours=build(
             size, len(rows_N), lambda a, b: spaces.pooled.unit(vectors_NV[rows_N[a:b]].astype(np.float32))
         ),
     )
 
 
-def fitted_arrays(spaces: Spaces, background: Documents | None) -> Arrays:
+def fitted_arrays(spaces: Spaces, background: Sequence[Tokens]) -> Arrays:
     """For a snapshot."""
     arrays: dict[str, npt.NDArray[Any] | None] = {
         "mean": spaces.pooled.mean_V,
         "matrix": spaces.pooled.matrix_VV,
         "damped": spaces.tokens.damped_VR,
     }
-    if background is not None:
-        tokens = background.tokens
-        arrays |= {"levels": tokens.levels_TV, "scales": tokens.scales_T, "inverse": tokens.inverse_T}
-        arrays["sizes"] = background.sizes_N
+    if background:
+        columns = zip(*background, strict=True)
+        arrays |= {name: np.concatenate(parts) for name, parts in zip(_COLUMNS, columns, strict=True)}
+        arrays["sizes"] = np.array([len(tokens.scales_T) for tokens in background])
     return {name: np.ascontiguousarray(values) for name, values in arrays.items() if values is not None}
 
 
-def fitted_from(arrays: Arrays) -> tuple[Spaces, Documents | None]:
+def fitted_from(arrays: Arrays) -> tuple[Spaces, list[Tokens]]:
     """Inverse of :func:`fitted_arrays`."""
     mean_V = arrays.get("mean")
     spaces = Spaces(
         pooled=Space(mean_V=mean_V, matrix_VV=arrays.get("matrix")),
         tokens=TokenSpace(mean_V=mean_V, damped_VR=arrays.get("damped")),
     )
-    if "levels" not in arrays:
-        return spaces, None
-    tokens = Tokens(levels_TV=arrays["levels"], scales_T=arrays["scales"], inverse_T=arrays["inverse"])
-    return spaces, Documents(tokens=tokens, sizes_N=arrays["sizes"])
+    if "sizes" not in arrays:
+        return spaces, []
+    ends_N = np.cumsum(arrays["sizes"])
+    columns = (np.split(arrays[name], ends_N[:-1]) for name in _COLUMNS)
+    return spaces, [Tokens(*parts) for parts in zip(*columns, strict=True)]

@@ -24,7 +24,6 @@ from kv_agent.chunks import ChunkKey, ContentKey, Fingerprint, IndexChange, Scop
 from kv_agent.errors import KVAgentError
 from kv_agent.retrieval.entries import Entry, EntryTable, Floats, Halves, Rows
 from kv_agent.retrieval.fitting import Fit, fit, fitted_arrays, fitted_from
-from kv_agent.retrieval.interaction import Documents
 from kv_agent.retrieval.neighbours import Neighbours, build, fill
 from kv_agent.retrieval.pooling import as_array, from_bytes
 from kv_agent.retrieval.sketches import Sketch
@@ -97,7 +96,8 @@ class NamespaceIndex:
         self._threads = background
         self._table = EntryTable()
         self._spaces = Spaces()
-        self._background: Documents | None = None
+        self._background: list[Tokens] = []
+        self._fitted_bytes = 0  # of both
         self._neighbours: Neighbours | None = None  # of the first rows; a search adds the rest
         self._num_fitted = 0
         self._changes_since_fit = 0
@@ -120,9 +120,7 @@ class NamespaceIndex:
     @property
     def num_bytes(self) -> int:
         """Of columns, spaces, background and kept tokens; what FAISS holds comes on top."""
-        fitted = fitted_arrays(self._spaces, self._background)
-        fitted_bytes = sum(values.nbytes for values in fitted.values())
-        return self._table.num_bytes + fitted_bytes + self._compared.num_bytes
+        return self._table.num_bytes + self._fitted_bytes + self._compared.num_bytes
 
     @property
     def space(self) -> Space:
@@ -135,8 +133,8 @@ class NamespaceIndex:
         return self._spaces.tokens
 
     @property
-    def background(self) -> Documents | None:
-        """A sample of the entries in the tokens' space; ``None`` if nothing is known of single tokens."""
+    def background(self) -> Sequence[Tokens]:
+        """A sample of the entries in the tokens' space; empty if nothing is known of single tokens."""
         return self._background
 
     @property
@@ -241,7 +239,7 @@ class NamespaceIndex:
         }
         # Lists number all rows; without lists everything is made again as fast as it is read.
         arrays = self._table.pack(with_dead=has_lists)
-        if self._background is None or has_lists:
+        if not self._background or has_lists:
             arrays |= fitted_arrays(self._spaces, self._background)
         else:  # they are larger than the vectors of few entries, and soon made again
             header["sampled"] = self._sampled
@@ -267,7 +265,7 @@ class NamespaceIndex:
         header, arrays = snapshot.header, snapshot.arrays
         index._last = tuple(header["last_change"])
         index._table = EntryTable.unpack(arrays)
-        index._spaces, index._background = fitted_from(arrays)
+        index._use(*fitted_from(arrays))
         index._sampled = header.get("sampled", [])
         if index._sampled:
             index._due = _Due(index._table.vectors, index._table.live_rows(), index._sampled)
@@ -341,11 +339,16 @@ class NamespaceIndex:
         self._compared.clear()
         later_N = np.arange(fitted.num_rows, self._table.num_rows)
         self._table.keep(np.concatenate([fitted.rows_N, later_N]))
-        self._spaces, self._background = fitted.spaces, fitted.background
+        self._use(fitted.spaces, fitted.background)
         self._sampled = fitted.sampled
         self._neighbours = fitted.neighbours
         if self._due is not None:  # its rows have other numbers now
             self._due = self._due_now()
+
+    def _use(self, spaces: Spaces, background: list[Tokens]) -> None:
+        self._spaces, self._background = spaces, background
+        arrays = fitted_arrays(spaces, background)
+        self._fitted_bytes = sum(values.nbytes for values in arrays.values())
 
     def _admitted(self, scope: Scope, only: Iterable[TurnId] | None) -> _Admitted:
         if only is None and scope in self._bitmaps:
@@ -374,8 +377,8 @@ class NamespaceIndex:
             if is_all or scores_C[-1] < scores_C[wanted - 1] - _EQUAL_SCORES:
                 break
         if neighbours.is_exact:
-            # Again in float64 and row by row, so that equal vectors have equal scores.
-            scores_C = (neighbours.vectors(rows_C).astype(np.float64) * unit_1V).sum(axis=1)
+            # Again and row by row, so that equal vectors have equal scores.
+            scores_C = np.einsum("cv,v->c", neighbours.vectors(rows_C), unit_1V[0])
         return scores_C, rows_C
 
     def _filled(self) -> Neighbours:

@@ -6,17 +6,16 @@ keys share the attention of a query: a token that all of them have says nothing,
 has is worth a whole point. That does what weights by rarity do, without knowing any frequencies. Documents
 that are no candidates compete, too, by a sample of them: candidates are alike in what they were chosen for.
 
-Legend: N documents, T tokens of all of them, t tokens of the query.
+Legend: N documents, t tokens of the query.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from kv_agent.retrieval.maxsim_kernel import best_cosines
 from kv_agent.retrieval.sketches import Floats
 from kv_agent.retrieval.token_space import Query, Tokens
 
@@ -24,44 +23,19 @@ from kv_agent.retrieval.token_space import Query, Tokens
 SHARPNESS = 10.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Documents:
-    """Their tokens one after another, and how many each has: at least one."""
-
-    tokens: Tokens
-    sizes_N: npt.NDArray[np.int64]
-
-
-def documents_of(parts: Sequence[Tokens]) -> Documents:
-    """At least one, each with at least one token."""
-    tokens = Tokens(
-        levels_TV=np.concatenate([part.levels_TV for part in parts]),
-        scales_T=np.concatenate([part.scales_T for part in parts]),
-        inverse_T=np.concatenate([part.inverse_T for part in parts]),
-    )
-    return Documents(tokens=tokens, sizes_N=np.array([len(part.levels_TV) for part in parts]))
-
-
 def shares(
-    query: Query, candidates: Documents, background: Documents | None = None, num_others: int = 0
+    query: Query, candidates: Sequence[Tokens], background: Sequence[Tokens] = (), num_others: int = 0
 ) -> Floats:
     """What part of the query each candidate wins -> [N], at most 1 in all.
 
-    ``background`` stands for ``num_others`` further documents.
+    ``background`` stands for ``num_others`` further documents. Each document has at least one token.
     """
-    best_Nt = _best(query, candidates)
+    best_Nt = best_cosines(query, candidates)
     top_t = best_Nt.max(axis=0)
     won_Nt = np.exp(SHARPNESS * (best_Nt - top_t))
     total_t = won_Nt.sum(axis=0)
-    if background is not None and num_others > 0:
-        others_Nt = np.exp(SHARPNESS * (_best(query, background) - top_t))
+    if background and num_others > 0:
+        others_Nt = np.exp(SHARPNESS * (best_cosines(query, background) - top_t))
         total_t = total_t + num_others * others_Nt.mean(axis=0)
     shares_N: Floats = (won_Nt / total_t).mean(axis=1)
     return shares_N
-
-
-def _best(query: Query, documents: Documents) -> Floats:
-    """The largest cosine of each query token with a token of each document -> [N, t]."""
-    starts_N = np.cumsum(documents.sizes_N) - documents.sizes_N
-    best_Nt: Floats = np.maximum.reduceat(documents.tokens.cosines(query), starts_N, axis=0)
-    return best_Nt

@@ -18,7 +18,7 @@ Levels = npt.NDArray[np.int8]
 
 _HEADER = struct.Struct("<II")  # T, V
 _SCALE = np.dtype("<f4")  # one a token, the largest of its values / 127
-_LEVELS = 127
+LARGEST_LEVEL = 127
 _BLOCK_BYTES = 1 << 20  # of floats made of levels at a time: they stay in a core's cache
 
 
@@ -37,7 +37,7 @@ class Sketch(NamedTuple):
 def rounded(keys_TV: Floats) -> Sketch:
     """Round each token's keys to 255 levels; they must be finite."""
     scales_T1 = np.abs(keys_TV).max(axis=1, keepdims=True, initial=0)
-    scales_T1 = (scales_T1 / _LEVELS).astype(_SCALE)
+    scales_T1 = (scales_T1 / LARGEST_LEVEL).astype(_SCALE)
     scaled_TV = np.divide(keys_TV, scales_T1, out=np.zeros_like(keys_TV), where=scales_T1 > 0)
     return Sketch(np.rint(scaled_TV).astype(np.int8), scales_T1[:, 0])
 

@@ -18,17 +18,23 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kv_agent.retrieval.sketches import Floats, Levels, Sketch, float_blocks
+from kv_agent.retrieval.sketches import LARGEST_LEVEL, Floats, Levels, Sketch, float_blocks
 
 Doubles = npt.NDArray[np.float64]
 
+_LARGEST_VALUE, _LARGEST_SUM = 2**15 - 1, 2**31 - 1
 _ROUNDING = 1e-5  # of a squared length: what remains when the mean is taken away may be rounding alone
 
 
 class Query(NamedTuple):
-    """Of length one in the space: its products with stored keys k are directions @ k - offsets."""
+    """Of length one in the space: its products with stored keys k are scales * (values @ k) - offsets.
 
-    directions_tV: Floats
+    Divided by the length of k in the space these are cosines. Values are rounded to whole numbers, as finely
+    as no sum of products with a token's levels can exceed 32 bits, whatever the levels are.
+    """
+
+    values_tV: npt.NDArray[np.int16]
+    scales_t: Floats
     offsets_t: Floats
 
 
@@ -42,15 +48,6 @@ class Tokens(NamedTuple):
     @property
     def nbytes(self) -> int:
         return self.levels_TV.nbytes + self.scales_T.nbytes + self.inverse_T.nbytes
-
-    def cosines(self, query: Query) -> Floats:
-        """With each token of the query -> [T, t]."""
-        cosines_Tt = np.empty((len(self.levels_TV), len(query.directions_tV)), dtype=np.float32)
-        for rows, levels_BV in float_blocks(self.levels_TV):
-            np.matmul(levels_BV, query.directions_tV.T, out=cosines_Tt[rows])
-        cosines_Tt *= (self.scales_T * self.inverse_T)[:, None]
-        cosines_Tt -= np.outer(self.inverse_T, query.offsets_t)
-        return cosines_Tt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -69,7 +66,11 @@ class TokenSpace:
         is_left_t = (centred_tV**2).sum(axis=1) > _ROUNDING * (query_tV.astype(np.float64) ** 2).sum(axis=1)
         inverse_t = _inverse_roots(squares_t, is_left_t)
         directions_tV = moved_tV * inverse_t[:, None]
-        return Query(directions_tV.astype(np.float32), (directions_tV @ mean_V).astype(np.float32))
+        scales_t = _finest_scales(directions_tV)
+        rounded_tV = np.rint(directions_tV / scales_t[:, None])
+        # Of what they were rounded to: tokens share a large part, whose product would not cancel otherwise.
+        offsets_t = scales_t * (rounded_tV @ mean_V)
+        return Query(rounded_tV.astype(np.int16), scales_t.astype(np.float32), offsets_t.astype(np.float32))
 
     def place(self, sketches: Sequence[Sketch]) -> list[Tokens]:
         """These sketches, at least one and all of the same V, as they are compared."""
@@ -112,6 +113,15 @@ def together(sketches: Sequence[Sketch]) -> Sketch:
         np.concatenate([one.levels_TV for one in sketches]),
         np.concatenate([one.scales_T for one in sketches]),
     )
+
+
+def _finest_scales(directions_tV: Doubles) -> Doubles:
+    """By which directions are divided to be rounded; 1 where there is nothing."""
+    sizes_tV = np.abs(directions_tV)
+    # Rounding may add a half to every value.
+    largest_sum = _LARGEST_SUM / LARGEST_LEVEL - directions_tV.shape[1] / 2
+    scales_t = np.maximum(sizes_tV.max(axis=1) / _LARGEST_VALUE, sizes_tV.sum(axis=1) / largest_sum)
+    return np.where(scales_t > 0, scales_t, 1.0)
 
 
 def _inverse_roots(squares_T: Doubles, is_left_T: npt.NDArray[np.bool_]) -> Doubles:

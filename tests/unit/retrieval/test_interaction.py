@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from kv_agent.retrieval.interaction import SHARPNESS, Documents, documents_of, shares
+from kv_agent.retrieval.interaction import SHARPNESS, shares
 from kv_agent.retrieval.sketches import rounded
-from kv_agent.retrieval.token_space import Query, TokenSpace
+from kv_agent.retrieval.token_space import Query, Tokens, TokenSpace
 
 
 def unit(rng: np.random.Generator, num_tokens: int, size: int = 8) -> np.ndarray:
@@ -18,8 +18,8 @@ def unit(rng: np.random.Generator, num_tokens: int, size: int = 8) -> np.ndarray
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
-def bag(documents: list[np.ndarray]) -> Documents:
-    return documents_of(TokenSpace().place([rounded(document) for document in documents]))
+def bag(documents: list[np.ndarray]) -> list[Tokens]:
+    return TokenSpace().place([rounded(document) for document in documents])
 
 
 def asked(query: np.ndarray) -> Query:
