@@ -15,6 +15,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ KNOWN_VERSIONS = ("1", "2", "3")  # 1 knew no codecs; until 2 checksums were SHA
 PREFIX_BYTES = 8  # a safetensors file starts with the length of its header
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 _HEADER_ALIGNMENT = 8
+_KEPT_HEADER_BYTES = 1 << 20  # longer ones are read anew for every tensor
 _BLAKE3 = "blake3:"  # what a checksum begins with; one of SHA-256 is its 64 digits alone
 _NO_CHECKSUM = _BLAKE3 + "0" * 64
 
@@ -87,6 +89,31 @@ def _digest(chunk: Payload, digest: Any) -> str:
 def is_of(chunk: Payload, stored: str) -> bool:
     """Whether a checksum, of any version of the format, is this chunk's."""
     return (checksum(chunk) if stored.startswith(_BLAKE3) else _digest(chunk, hashlib.sha256())) == stored
+
+
+class _Header(NamedTuple):
+    """What a header says of each tensor, by name; nobody may change it."""
+
+    fields: Mapping[str, Any]
+    layout: Mapping[str, Any]
+    coding: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, header: bytes) -> _Header:
+        """Raises :class:`CorruptChunkError`, or whatever comes of content that is none."""
+        fields = json.loads(header)
+        metadata = fields["__metadata__"]
+        if metadata["format"] != FORMAT or metadata["format_version"] not in KNOWN_VERSIONS:
+            raise CorruptChunkError(
+                f"format {metadata['format']!r} version {metadata['format_version']!r} is not"
+                f" {FORMAT!r} version {' or '.join(KNOWN_VERSIONS)}"
+            )
+        layout, coding = json.loads(metadata["layout"]), json.loads(metadata.get("coding", "{}"))
+        return cls(fields, layout, coding)
+
+
+# Chunks of one blob are read one after another, and all of them have its header.
+_read_header = lru_cache(maxsize=16)(_Header.of)
 
 
 class Part(NamedTuple):
@@ -170,18 +197,11 @@ def header_bytes(prefix: bytes, file_bytes: int) -> int:
 def find_tensor(header: bytes, name: str, file_bytes: int) -> TensorSpan:
     """Where tensor ``name`` is, after checking everything the header says about it."""
     try:
-        fields = json.loads(header)
-        metadata = fields["__metadata__"]
-        if metadata["format"] != FORMAT or metadata["format_version"] not in KNOWN_VERSIONS:
-            raise CorruptChunkError(
-                f"format {metadata['format']!r} version {metadata['format_version']!r} is not"
-                f" {FORMAT!r} version {' or '.join(KNOWN_VERSIONS)}"
-            )
-        field = fields[name]
+        said = _read_header(header) if len(header) <= _KEPT_HEADER_BYTES else _Header.of(header)
+        field = said.fields[name]
         dtype, shape = _DTYPES[field["dtype"]], field["shape"]
         begin, end = field["data_offsets"]
-        layout = json.loads(metadata["layout"])[name]
-        coding = json.loads(metadata.get("coding", "{}")).get(name)
+        layout, coding = said.layout[name], said.coding.get(name)
         codec, kv_dtype, kv_shape = (RAW, dtype, shape) if coding is None else _coding(coding)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
         raise CorruptChunkError(f"unreadable header, or no tensor {name!r} in it: {err!r}") from err

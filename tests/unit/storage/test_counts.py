@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from kv_agent.chunks import ChunkRecord
+from kv_agent.storage import blob_content
 from kv_agent.storage.store import LocalStore, NewChunk
 from tests.unit.counted import Bytes, Statements, count_bytes, trace_statements
 from tests.unit.storage.builders import chain, turn_of
@@ -143,3 +146,22 @@ def test_a_chunk_from_disk_is_read_once_and_hashed_once_and_from_memory_not_at_a
     assert (counted.passes, counted.files) == ([], {})
     # Neither keeping nor giving is a copy.
     assert [one.data_ptr() for one in from_host] == [one.data_ptr() for one in from_disk]
+
+
+def test_a_header_is_read_once_for_all_chunks_of_its_blob(
+    store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = put(store, 8, seed=3)
+    assert len({record.blob for record in records}) == 1
+    parsed: list[str | bytes] = []
+
+    def loads(text: str | bytes) -> object:
+        parsed.append(text)
+        return json.loads(text)
+
+    monkeypatch.setattr(blob_content, "json", SimpleNamespace(loads=loads))
+    cold = LocalStore(tmp_path / "store", host_bytes=0)
+    for record in records:
+        cold.load(record)
+    cold.close()
+    assert len(parsed) == 3  # the header, and what its metadata has of layout and coding
