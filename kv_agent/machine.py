@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from contextlib import suppress
 from dataclasses import dataclass
@@ -53,6 +54,16 @@ def use_own_cpus() -> None:
     if cpus := own_cpus():
         with suppress(OSError):  # they were taken away meanwhile
             os.sched_setaffinity(0, cpus)
+
+
+def give_back_freed_memory() -> None:
+    """Let the system have what was freed and the C library keeps, where it can be told to (glibc).
+
+    It keeps what lies between things in use, for each thread by itself: of chunks that one thread made and
+    others pushed out later, as much as all tiers hold.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _available_on_machine(root: Path) -> int:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kv_agent.chunks import ChunkKey, ChunkRecord
 from kv_agent.errors import ConfigError, CorruptChunkError
+from kv_agent.machine import give_back_freed_memory
 from kv_agent.storage.policy import Policy, Usage
 from kv_agent.storage.ranking import AccessWindow
 from kv_agent.storage.tiers import (
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 DEVICE = "device"
 # Bytes on their way down at most. What is pushed out faster than it can be compressed is on disk alone.
 MAX_MOVING_BYTES = 64 << 20
+_GIVEN_BACK_BYTES = 64 << 20  # that left the tiers: their memory goes back to the system at once
 
 
 class _Move:
@@ -104,6 +106,7 @@ class TierStack:
         self._clock = clock
         self._max_moving_bytes = max_moving_bytes
         self._moving_bytes = 0
+        self._left_bytes = 0  # since memory was given back
         self._moves: dict[ChunkKey, set[_Move]] = {}
         self._lock = threading.Lock()
 
@@ -220,11 +223,17 @@ class TierStack:
             held = Held(key=chunk.key, checksum=chunk.checksum, payload=payload, usage=usage)
             gone = tier.put(held, is_promotion=is_promotion)
             moves = [(one, self._begin(one.key)) for one in gone if below and self._may_move(one)]
+            self._left_bytes += sum(one.payload.nbytes for one in gone)
+            if gives_back := self._left_bytes >= _GIVEN_BACK_BYTES:
+                self._left_bytes = 0
         for one, move_down in moves:
             try:
                 self._background.submit(self._push_down, one, move_down, tier, below)
             except RuntimeError:  # closed meanwhile
                 self._arrived(one, move_down)
+        if gives_back:
+            with suppress(RuntimeError):
+                self._background.submit(give_back_freed_memory)
         return payload if isinstance(payload, Tensor) else chunk.kv_L2THD
 
     def _push_down(self, held: Held, move: _Move, tier: MemoryTier, below: range) -> None:

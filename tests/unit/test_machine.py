@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import resource
 from pathlib import Path
 
 import pytest
 
-from kv_agent.machine import MemoryBudgets, available_bytes, memory_budgets
+from kv_agent.machine import MemoryBudgets, available_bytes, give_back_freed_memory, memory_budgets
 
 GIB = 1 << 30
 
@@ -99,3 +101,27 @@ def test_this_machine_has_some_memory_and_not_more_than_all(tmp_path: Path) -> N
 
     assert page_bytes <= available_bytes() <= all_pages * page_bytes
     assert page_bytes <= available_bytes(tmp_path)  # nothing to read there
+
+
+def test_what_was_freed_between_things_in_use_goes_back_to_the_system() -> None:
+    if not hasattr(ctypes.CDLL(None), "malloc_trim"):
+        pytest.skip("the C library has no malloc_trim")
+    freed = []
+    kept = []
+    for _ in range(600):
+        freed.append(bytearray(os.urandom(1) * 100_000))  # less than what is mapped by itself
+        kept.append(bytearray(b"x" * 600))  # more than Python keeps in pools of its own
+    held = resident_bytes()
+    freed.clear()
+    give_back_freed_memory()
+    assert resident_bytes() < held - 40_000_000
+    assert all(one == b"x" * 600 for one in kept)
+
+
+def test_a_c_library_that_cannot_give_memory_back_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kv_agent.machine.ctypes.CDLL", lambda _: object())
+    give_back_freed_memory()
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import pytest
 from torch import Tensor
 
+from kv_agent.storage import tier_stack
 from kv_agent.storage.codecs import Payload
 from kv_agent.storage.policy import POLICIES
 from kv_agent.storage.ranking import AccessWindow
@@ -116,6 +117,25 @@ def test_a_chunk_larger_than_all_that_may_move_moves_alone() -> None:
         stack.load(record_of(chunk))
 
     assert [tier.chunk_keys() for tier in memory] == [{chunks[1].key}, {chunks[0].key}]
+
+
+def test_memory_goes_back_to_the_system_each_time_so_much_was_pushed_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chunks = [chunk for number in range(8) for chunk in chain(4, seed=number)]
+    size = kv_of(chunks[0]).nbytes
+    loaded: list[str] = []
+    given_back: list[int] = []
+    monkeypatch.setattr(tier_stack, "_GIVEN_BACK_BYTES", 3 * size)
+    monkeypatch.setattr(tier_stack, "give_back_freed_memory", lambda: given_back.append(len(loaded)))
+    host = MemoryTier("host", size, OnHost(pinned=False), POLICIES["lru"], Clock())
+    stack = TierStack([host], Disk(chunks).tier, AccessWindow(1), AtOnce())
+
+    for chunk in chunks:  # all but the first push one out
+        stack.load(record_of(chunk))
+        loaded.append(chunk.key)
+
+    assert given_back == [3, 6]
 
 
 def test_nobody_waits_for_what_moves_down_and_no_more_of_it_waits_than_is_allowed(slow: SlowForm) -> None:
