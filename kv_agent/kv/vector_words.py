@@ -7,6 +7,7 @@ written three times as fast by this.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -118,12 +119,10 @@ def fence() -> Any:
 
 def _of_addresses(emit: Callable[..., None]) -> Any:
     """A function for machine code: of the addresses that ``emit`` takes behind its builder."""
-    from inspect import signature
-
     from numba import types
     from numba.extending import intrinsic
 
-    names = list(signature(emit).parameters)[1:]
+    names = list(inspect.signature(emit).parameters)[1:]
     kind = types.void(*(types.uint64,) * len(names))
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
