@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.engine_speed.engines import BLOCK
 from benchmarks.peers.environments import Recipe, prepared
-from benchmarks.peers.remote_engine import RemoteEngine, engine_beside
+from benchmarks.peers.remote_engine import RemoteEngine, Served, engine_beside
 from benchmarks.peers.servers import HOST, free_ports
 
 RECIPE = Recipe(
@@ -54,13 +54,6 @@ def opened(model: Path, folder: Path) -> Iterator[RemoteEngine]:
         "kv_role": "kv_both",
         "kv_connector_extra_config": {"lmcache.mp.host": f"tcp://{HOST}", "lmcache.mp.port": port},
     }
-    with engine_beside(
-        server,
-        port=port,
-        environment=environment,
-        variables=variables,
-        folder=folder,
-        model=model,
-        config=config,
-    ) as engine:
+    served = Served(config=config, server=server, port=port, environment=environment, variables=variables)
+    with engine_beside(served, model, folder) as engine:
         yield engine

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.peers.environments import Recipe, prepared
-from benchmarks.peers.remote_engine import RemoteEngine, engine_beside
+from benchmarks.peers.remote_engine import RemoteEngine, Served, engine_beside
 from benchmarks.peers.servers import HOST, free_ports
 
 RECIPE = Recipe(
@@ -44,13 +44,6 @@ def opened(model: Path, folder: Path) -> Iterator[RemoteEngine]:
         f"-metrics_host={HOST}", f"-metrics_port={metrics_port}",
     ]  # fmt: skip
     config = {"kv_connector": "MooncakeStoreConnector", "kv_role": "kv_both"}
-    with engine_beside(
-        master,
-        port=port,
-        environment=environment,
-        variables=variables,
-        folder=folder,
-        model=model,
-        config=config,
-    ) as engine:
+    served = Served(config=config, server=master, port=port, environment=environment, variables=variables)
+    with engine_beside(served, model, folder) as engine:
         yield engine

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -107,25 +108,27 @@ class RemoteEngine:
             self._lines.put(line)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """A connector's configuration, the server it needs at ``port``, and where and with what both run."""
+
+    config: Mapping[str, Any]
+    server: Sequence[str]
+    port: int
+    environment: Environment
+    variables: Mapping[str, str]
+
+
 @contextmanager
-def engine_beside(
-    server: Sequence[str],
-    *,
-    port: int,
-    environment: Environment,
-    variables: Mapping[str, str],
-    folder: Path,
-    model: Path,
-    config: Mapping[str, Any],
-) -> Iterator[RemoteEngine]:
-    """A ``BenchEngine`` whose connector has this configuration, while its server runs; logs go to ``folder``.
+def engine_beside(served: Served, model: Path, folder: Path) -> Iterator[RemoteEngine]:
+    """A ``BenchEngine`` with this connector while its server runs; logs go to ``folder``.
 
     Raises ``PeerUnavailable``.
     """
-    options = {"kv_transfer_config": config, "num_gpu_blocks_override": _CACHE_BLOCKS}
-    engine = [str(environment.python), *_CHILD, str(model), json.dumps(options)]
+    options = {"kv_transfer_config": served.config, "num_gpu_blocks_override": _CACHE_BLOCKS}
+    engine = [str(served.environment.python), *_CHILD, str(model), json.dumps(options)]
     with (
-        running(server, variables, folder / "server.log", port),
-        closing(RemoteEngine(engine, variables, folder / "engine.log")) as opened,
+        running(served.server, served.variables, folder / "server.log", served.port),
+        closing(RemoteEngine(engine, served.variables, folder / "engine.log")) as opened,
     ):
         yield opened

@@ -265,7 +265,7 @@ class NamespaceIndex:
         header, arrays = snapshot.header, snapshot.arrays
         index._last = tuple(header["last_change"])
         index._table = EntryTable.unpack(arrays)
-        index._use(*fitted_from(arrays))
+        index._search_in(*fitted_from(arrays))
         index._sampled = header.get("sampled", [])
         if index._sampled:
             index._due = _Due(index._table.vectors, index._table.live_rows(), index._sampled)
@@ -339,13 +339,14 @@ class NamespaceIndex:
         self._compared.clear()
         later_N = np.arange(fitted.num_rows, self._table.num_rows)
         self._table.keep(np.concatenate([fitted.rows_N, later_N]))
-        self._use(fitted.spaces, fitted.background)
+        self._search_in(fitted.spaces, fitted.background)
         self._sampled = fitted.sampled
         self._neighbours = fitted.neighbours
         if self._due is not None:  # its rows have other numbers now
             self._due = self._due_now()
 
-    def _use(self, spaces: Spaces, background: list[Tokens]) -> None:
+    def _search_in(self, spaces: Spaces, background: list[Tokens]) -> None:
+        """From now on; of the arrays only the size is wanted, once, for each search asks for it."""
         self._spaces, self._background = spaces, background
         arrays = fitted_arrays(spaces, background)
         self._fitted_bytes = sum(values.nbytes for values in arrays.values())
