@@ -40,13 +40,13 @@ Part = Callable[[Path, Path], Iterator[dict[str, Any]]]
 
 FULL: Mapping[str, Part] = {
     "first-token": lambda model, folder: first_token.measure(
-        model, folder, lengths=(512, 1024, 2048, 4096, 8192), rounds=5, peers=opening.BUNDLED
+        model, folder, lengths=(512, 1024, 2048, 4096, 8192), rounds=3, peers=opening.BUNDLED
     ),
     "peers": lambda model, folder: first_token.measure(
         model,
         folder,
-        lengths=(512, 1024, 2048, 4096),
-        rounds=5,
+        lengths=(512, 2048, 4096),
+        rounds=3,
         part="peers",
         settings=first_token.FEW,
         peers=opening.ALL,
@@ -55,20 +55,20 @@ FULL: Mapping[str, Part] = {
         model,
         folder,
         lengths=(8, 16, 32, 64, 128, 256),
-        rounds=15,
+        rounds=9,
         part="short memories",
         settings=first_token.SHORT,
     ),
-    "capture": lambda model, folder: capturing.measure(model, folder, num_requests=16, rounds=3),
+    "capture": lambda model, folder: capturing.measure(model, folder, num_requests=16, rounds=2),
     "loading": lambda model, folder: loading.measure(
-        model, folder, plans=100, memory_tokens=4096, memories=25, rounds=3
+        model, folder, plans=100, memory_tokens=4096, memories=25, rounds=2
     ),
     "agents": lambda model, folder: agents.measure(
         model, folder, counts=(1, 8, 64), memory_tokens=512, rounds=2
     ),
     "scheduling": lambda _, folder: scheduling.measure(folder, num_turns=100_000, num_waiting=1000),
     "memory": lambda model, folder: memory.measure(
-        model, folder, host_bytes=256 << 20, warm_bytes=128 << 20, num_turns=48
+        model, folder, host_bytes=128 << 20, warm_bytes=64 << 20, num_turns=24
     ),
     "growth": lambda _, folder: growth.measure(folder, counts=(100, 300, 1000, 3000, 10_000, 30_000)),
 }

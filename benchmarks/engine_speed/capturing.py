@@ -70,9 +70,9 @@ def measure(model: Path, folder: Path, num_requests: int, rounds: int) -> Iterat
 
 
 def _prompts(count: int, seed: int) -> list[list[int]]:
-    """Lengths of equal steps from 200 to 4,000, so that rounds are alike, in any order."""
+    """Lengths from 200 to 4,000, each longer by the same factor, so that rounds are alike; in any order."""
     rng = random.Random(seed)
-    lengths = [200 + 3800 * i // max(1, count - 1) for i in range(count)]
+    lengths = [round(200 * 20 ** (i / max(1, count - 1))) for i in range(count)]
     rng.shuffle(lengths)
     return [random_tokens(length, seed=rng.randrange(1 << 30)) for length in lengths]
 

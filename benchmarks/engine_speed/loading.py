@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -71,9 +72,11 @@ def measure(
             ours.forget_local()
     p99 = {name: [1e3 * percentile(one, 0.99) for one in found] for name, found in gaps.items()}
     p50 = {name: [1e3 * percentile(one, 0.50) for one in found] for name, found in gaps.items()}
+    mean = {name: [1e3 * fmean(one) for one in found] for name, found in gaps.items()}
     yield {
         "part": "loading",
         "case": f"{plans} plans of {memory_tokens} tokens, {DECODING} answers going on",
+        "mean_ms": {name: spread(values, 1) for name, values in mean.items()},
         "p50_ms": {name: spread(values, 1) for name, values in p50.items()},
         "p99_ms": {name: spread(values, 1) for name, values in p99.items()},
         "p99_of_hits": ratios(p99["loads"], p99["hits"]),

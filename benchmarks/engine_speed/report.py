@@ -90,10 +90,11 @@ def _capture(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _loading(rows: Sequence[Row]) -> Iterator[str]:
-    p50 = "ms between tokens, p50: hits"
-    yield from _head("meanwhile", p50, "loads", "p99: hits", "loads", "p99, loads of hits")
+    measures = {"mean_ms": "mean", "p50_ms": "p50", "p99_ms": "p99"}
+    named = [column for name in measures.values() for column in (f"{name}: hits", "loads")]
+    yield from _head("ms between tokens", *named, "p99, loads of hits")
     for row in rows:
-        cells = [_value(row[share][arm], 1) for share in ("p50_ms", "p99_ms") for arm in ("hits", "loads")]
+        cells = [_value(row[measure][arm], 1) for measure in measures for arm in ("hits", "loads")]
         yield _line(row["case"], *cells, _value(row["p99_of_hits"], 2))
 
 

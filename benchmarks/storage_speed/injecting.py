@@ -78,8 +78,14 @@ def measure(rounds: int) -> Iterator[dict[str, Any]]:
         # The kernel takes four dims; five are for torch.
         copy_rotated_into(out[None], keys[None], DELTA, scheme)
 
+    halves = [(copy[part], whole[part]) for part in (slice(QWEN.layers // 2), slice(QWEN.layers // 2, None))]
+
+    def copy_half(half: tuple[Tensor, Tensor]) -> None:
+        half[0].copy_(half[1])
+
     arms = {
         "memcpy": lambda: copy.copy_(whole),
+        "memcpy_two_threads": lambda: list(threads.map(copy_half, halves)),
         "direct_moved": lambda: side_by_side(DELTA),
         "direct_in_place": lambda: side_by_side(0),
         "direct_moved_one_thread": lambda: write_directly(range(NUM_CHUNKS), DELTA),

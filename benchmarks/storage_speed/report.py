@@ -10,6 +10,7 @@ from typing import Any
 Row = Mapping[str, Any]
 
 INJECTED = {
+    "memcpy_two_threads": "the same bytes by two threads at once, a half each",
     "direct_moved": "chunks moved, two threads",
     "direct_in_place": "chunks in their own place, two threads",
     "direct_moved_one_thread": "chunks moved, one thread",

@@ -19,9 +19,10 @@ BUSY_TIMEOUT_S = 30.0
 # takes the last commits at most; with OFF it could damage the whole catalog.
 _SYNCHRONOUS: dict[Fsync, str] = {"always": "FULL", "never": "NORMAL"}
 
-# 64 MiB of the log are moved into the file at once, by whoever commits then and waits for two syncs. SQLite's
-# 1000 pages are filled by ten turns when many chunks are stored already: every row is on another page.
-_CHECKPOINT_PAGES = 16_384
+# 128 MiB of the log are moved into the file at once, by whoever commits then and waits for two syncs. When
+# many chunks are stored already every row is on another page: ten turns fill SQLite's 1000 pages, and with
+# half of these more than one in a hundred would wait.
+_CHECKPOINT_PAGES = 32_768
 
 _ADVICE = {
     sqlite3.SQLITE_FULL: "free space on that disk",
