@@ -3,6 +3,8 @@
 PYTHON := .venv/bin/python
 # Tests without an engine run side by side; one engine takes all cores.
 UNIT_TESTS = $(PYTHON) -m pytest tests/unit --numprocesses 2 --dist worksteal
+# What only benchmarks and the training of examples use is left to `make test`.
+NOT_QUICK = $(patsubst %,--ignore=tests/unit/%,peers recall_training retrieval_quality world)
 RUNS ?= 100000
 BENCH ?=
 
@@ -39,7 +41,7 @@ else
 endif
 
 check: check-static ## static checks and the quick unit tests, without vLLM
-	@$(UNIT_TESTS) -m "not slow"
+	@$(UNIT_TESTS) -m "not slow" $(NOT_QUICK)
 
 check-static: setup ## formatting, lint and types
 	@$(PYTHON) -m ruff format --check .

@@ -1,6 +1,7 @@
 """How fast a running engine is with the plugin, against itself without it in the same run.
 
-    python -m benchmarks.speed                 # everything, on an idle machine
+    python -m benchmarks.speed                 # all that needs nothing else installed, on an idle machine
+    python -m benchmarks.speed --parts peers   # first tokens with other connectors beside; installs them
     python -m benchmarks.speed --quick         # less of everything, nothing is kept
     python -m benchmarks.speed --report --plot docs/speed.png    # tables of what was measured last
 
@@ -38,24 +39,19 @@ MODEL = Path(__file__).resolve().parent.parent / "build" / "models" / "qwen-shap
 
 Part = Callable[[Path, Path], Iterator[dict[str, Any]]]
 
+LENGTHS = (512, 1024, 2048, 4096, 8192)
 FULL: Mapping[str, Part] = {
     "first-token": lambda model, folder: first_token.measure(
-        model, folder, lengths=(512, 1024, 2048, 4096, 8192), rounds=3, peers=opening.BUNDLED
+        model, folder, lengths=LENGTHS, rounds=7, peers=opening.BUNDLED
     ),
     "peers": lambda model, folder: first_token.measure(
-        model,
-        folder,
-        lengths=(512, 2048, 4096),
-        rounds=3,
-        part="peers",
-        settings=first_token.FEW,
-        peers=opening.ALL,
+        model, folder, lengths=LENGTHS, rounds=7, peers=opening.ALL
     ),
     "short": lambda model, folder: first_token.measure(
         model,
         folder,
         lengths=(8, 16, 32, 64, 128, 256),
-        rounds=9,
+        rounds=7,
         part="short memories",
         settings=first_token.SHORT,
     ),
@@ -64,24 +60,24 @@ FULL: Mapping[str, Part] = {
         model, folder, plans=100, memory_tokens=4096, memories=25, rounds=2
     ),
     "agents": lambda model, folder: agents.measure(
-        model, folder, counts=(1, 8, 64), memory_tokens=512, rounds=2
+        model, folder, counts=(1, 8, 64), memory_tokens=256, rounds=2
     ),
     "scheduling": lambda _, folder: scheduling.measure(folder, num_turns=100_000, num_waiting=1000),
     "memory": lambda model, folder: memory.measure(
-        model, folder, host_bytes=128 << 20, warm_bytes=64 << 20, num_turns=24
+        model, folder, host_bytes=96 << 20, warm_bytes=48 << 20, num_turns=18
     ),
     "growth": lambda _, folder: growth.measure(folder, counts=(100, 300, 1000, 3000, 10_000, 30_000)),
 }
 QUICK: Mapping[str, Part] = {
-    "first-token": lambda model, folder: first_token.measure(model, folder, lengths=(512,), rounds=2),
-    "peers": lambda model, folder: first_token.measure(
+    "first-token": lambda model, folder: first_token.measure(
         model,
         folder,
         lengths=(512,),
         rounds=2,
-        part="peers",
-        settings=first_token.FEW,
-        peers=opening.BUNDLED,  # the others have packages to install
+        peers=opening.BUNDLED,
+    ),
+    "peers": lambda model, folder: first_token.measure(
+        model, folder, lengths=(512,), rounds=2, peers=opening.ALL
     ),
     "short": lambda model, folder: first_token.measure(
         model, folder, lengths=(16, 256), rounds=5, part="short memories", settings=first_token.SHORT
@@ -99,9 +95,13 @@ QUICK: Mapping[str, Part] = {
 }
 
 
+# Peers have packages of their own to install, and take their time.
+DEFAULT = tuple(part for part in FULL if part != "peers")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--parts", nargs="+", choices=tuple(FULL), default=tuple(FULL))
+    parser.add_argument("--parts", nargs="+", choices=tuple(FULL), default=DEFAULT)
     parser.add_argument("--quick", action="store_true", help="for a look; results are not kept")
     parser.add_argument("--beside", default="nothing", help="what else the machine was doing, for the record")
     parser.add_argument("--results", type=Path, default=RESULTS)

@@ -88,7 +88,7 @@ def _lived(model: Path, root: Path | None, budgets: Budgets | None, num_turns: i
         started = _forget_peaks(_descendants(os.getpid()) - others)
         turns = [random_tokens(TURN_TOKENS, seed=seed) for seed in range(num_turns)]
         if root is None:
-            for turn in turns * 2:
+            for turn in turns:
                 engine.ask([*turn, 1])
                 engine.forget_local()
             return Life(peak_bytes=_peak_bytes(started))

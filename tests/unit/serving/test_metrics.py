@@ -295,6 +295,7 @@ for _ in range(number):
 """
 
 
+@pytest.mark.slow
 def test_numbers_of_several_server_processes_become_one(tmp_path: Path) -> None:
     """As vLLM adds them up with ``--api-server-count``."""
     environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path), "PYTHONWARNINGS": "error"}

@@ -16,6 +16,8 @@ from kv_agent.storage.turn_writes import AddResult, UnknownChunkError
 from tests.unit.storage.builders import FINGERPRINT, SPAWN, chain, turn_of
 from tests.unit.storage.stores import blob_files, counts, holds, store_root
 
+pytestmark = pytest.mark.slow
+
 JOIN_TIMEOUT_S = 60
 
 

@@ -92,6 +92,7 @@ def test_writing_changes_only_its_own_slots() -> None:
     assert changed == {(7, 2), (7, 3), (2, 0), (2, 1), (2, 2)}
 
 
+@pytest.mark.slow  # code is made for every layout
 @pytest.mark.parametrize("build", STRIDED + PACKED, ids=lambda build: build.__name__)
 def test_opening_leaves_the_memory_as_it_was(build: Callable[[Sizes, torch.dtype], Backend]) -> None:
     backend = build(SIZES, torch.bfloat16)
