@@ -45,7 +45,13 @@ FULL: Mapping[str, Part] = {
         model, folder, lengths=LENGTHS, rounds=7, peers=opening.BUNDLED
     ),
     "peers": lambda model, folder: first_token.measure(
-        model, folder, lengths=LENGTHS, rounds=7, peers=opening.ALL
+        model,
+        folder,
+        lengths=LENGTHS,
+        rounds=7,
+        part="peers",
+        settings=first_token.FEW,
+        peers=opening.ALL,
     ),
     "short": lambda model, folder: first_token.measure(
         model,
@@ -77,7 +83,13 @@ QUICK: Mapping[str, Part] = {
         peers=opening.BUNDLED,
     ),
     "peers": lambda model, folder: first_token.measure(
-        model, folder, lengths=(512,), rounds=2, peers=opening.ALL
+        model,
+        folder,
+        lengths=(512,),
+        rounds=2,
+        part="peers",
+        settings=first_token.FEW,
+        peers=opening.ALL,
     ),
     "short": lambda model, folder: first_token.measure(
         model, folder, lengths=(16, 256), rounds=5, part="short memories", settings=first_token.SHORT

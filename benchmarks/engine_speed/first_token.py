@@ -32,6 +32,8 @@ TIERS: Settings = {
     "warm": {"host_bytes": 0, "warm_bytes": _ROOMY},
     "disk": {"host_bytes": 0, "warm_bytes": 0},
 }
+# Beside peers, each of which takes the memory of two engines.
+FEW: Settings = {name: TIERS[name] for name in ("host", "disk")}
 # Short memories: all of them put back, and those that it pays for.
 SHORT: Settings = {
     "host": TIERS["host"],

@@ -180,6 +180,7 @@ def _value(found: Mapping[str, float], digits: int = 0) -> str:
 
 _PARTS = {
     "first token": _first_token,
+    "peers": _first_token,
     "short memories": _short,
     "capture": _capture,
     "loading": _loading,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from math import nan
@@ -12,6 +13,7 @@ from benchmarks.engine_speed.engines import Answer
 _FORGET_TIMEOUT_S = 30.0
 _STORED_TIMEOUT_S = 20.0
 _LOOK_EVERY_S = 0.5
+_FEWEST_LOOKS = 3  # computing a long memory twice may take longer than a peer needs to store it
 
 
 class Engine(Protocol):
@@ -47,10 +49,11 @@ class Remembered:
         """Give it to the peer, and wait until it comes back."""
         deadline = time.monotonic() + timeout_s
         self._asked(memory)
-        while True:
+        for number in itertools.count(1):
             self.num_brought = self._num_tokens
             self.ttft_s()
-            if self.missed is None or self._failure is not None or time.monotonic() > deadline:
+            is_late = number >= _FEWEST_LOOKS and time.monotonic() > deadline
+            if self.missed is None or self._failure is not None or is_late:
                 return
             time.sleep(_LOOK_EVERY_S)
 

@@ -99,6 +99,13 @@ def test_peer_that_brings_nothing_back_missed() -> None:
     assert peer.missed == "0 of 1024 tokens came back"
 
 
+def test_peer_is_asked_again_though_computing_took_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    peer = remembered(Store(0, 0, 1024), MEMORY, turns().__next__, timeout_s=0.0)
+
+    assert peer.missed is None
+
+
 def test_worst_round_counts() -> None:
     peer = remembered(Store(0, 1024, 896, 511, 1024), MEMORY, turns().__next__)
 
