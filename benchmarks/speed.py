@@ -2,7 +2,7 @@
 
     python -m benchmarks.speed                 # all that needs nothing else installed, on an idle machine
     python -m benchmarks.speed --parts peers   # first tokens with other connectors beside; installs them
-    python -m benchmarks.speed --quick         # less of everything, nothing is kept
+    python -m benchmarks.speed --quick         # three parts, and little of them; nothing is kept
     python -m benchmarks.speed --report --plot docs/speed.png    # tables of what was measured last
 
 Results go to ``docs/speed.jsonl``, a JSON line a row. The model has Qwen2.5-0.5B's shape and random weights.
@@ -76,11 +76,7 @@ FULL: Mapping[str, Part] = {
 }
 QUICK: Mapping[str, Part] = {
     "first-token": lambda model, folder: first_token.measure(
-        model,
-        folder,
-        lengths=(512,),
-        rounds=2,
-        peers=opening.BUNDLED,
+        model, folder, lengths=(512,), rounds=2, settings=first_token.FEW
     ),
     "peers": lambda model, folder: first_token.measure(
         model,
@@ -109,11 +105,13 @@ QUICK: Mapping[str, Part] = {
 
 # Peers have packages of their own to install, and take their time.
 DEFAULT = tuple(part for part in FULL if part != "peers")
+# Every engine takes 20 s to start on two cores; these need three of them.
+QUICK_DEFAULT = ("first-token", "scheduling", "growth")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--parts", nargs="+", choices=tuple(FULL), default=DEFAULT)
+    parser.add_argument("--parts", nargs="+", choices=tuple(FULL), help="by default all but peers")
     parser.add_argument("--quick", action="store_true", help="for a look; results are not kept")
     parser.add_argument("--beside", default="nothing", help="what else the machine was doing, for the record")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -128,7 +126,7 @@ def main() -> None:
         return
     engines.pin_threads()
     model = models.make_qwen(MODEL)
-    for part in args.parts:
+    for part in args.parts or (QUICK_DEFAULT if args.quick else DEFAULT):
         with tempfile.TemporaryDirectory() as folder:
             for row in (QUICK if args.quick else FULL)[part](model, Path(folder)):
                 print(json.dumps(row), flush=True)
