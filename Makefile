@@ -48,7 +48,7 @@ check-static: setup ## formatting, lint and types
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m mypy --strict kv_agent
 
-bench: setup ## speed with the plugin against the same without it, half an hour (BENCH=--quick: minutes)
+bench: setup ## speed with the plugin against the same without it, half an hour (BENCH=--quick: two minutes)
 	@$(PYTHON) -m benchmarks.speed $(BENCH)
 
 fuzz: setup build/fuzz/packages ## coverage-guided fuzzing of the blob reader (RUNS=100000 inputs)

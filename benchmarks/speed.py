@@ -111,7 +111,9 @@ QUICK_DEFAULT = ("first-token", "scheduling", "growth")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--parts", nargs="+", choices=tuple(FULL), help="by default all but peers")
+    parser.add_argument(
+        "--parts", nargs="+", choices=tuple(FULL), help="by default all but peers, with --quick three"
+    )
     parser.add_argument("--quick", action="store_true", help="for a look; results are not kept")
     parser.add_argument("--beside", default="nothing", help="what else the machine was doing, for the record")
     parser.add_argument("--results", type=Path, default=RESULTS)
