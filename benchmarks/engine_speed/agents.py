@@ -13,14 +13,14 @@ from statistics import median
 from typing import Any
 
 from benchmarks.engine_speed.engines import SCOPE, Answer, Ask, BenchEngine, plan_of, random_tokens, stored
-from benchmarks.storage_speed.timing import interleaved, ratios, spread
+from benchmarks.storage_speed.timing import against_median, interleaved, ratios, spread
 from kv_agent.storage.catalog import Catalog
 
 FRESH_TOKENS = 32
 ANSWER_TOKENS = 16
 _HOST_BYTES = 2 << 30
 _FEWEST_REQUESTS = 8
-_COMPUTED = 2  # times; it takes longest and varies least
+_TIMES_COMPUTED = 2  # it takes longest and varies least
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +44,7 @@ def measure(
         agents = [_remembered(catalog, ours, random_tokens(memory_tokens, seed=i)) for i in range(most)]
         for count in counts:
             case = _Case(agents[:count], max(count, _FEWEST_REQUESTS))
-            computed = [case.computed(plain) for _ in range(_COMPUTED)]
+            computed = [case.computed(plain) for _ in range(_TIMES_COMPUTED)]
             seconds = {"computed": computed, **interleaved(case.arms(plain, ours), rounds)}
             yield _row(case, count, memory_tokens, seconds)
 
@@ -112,9 +112,7 @@ def _row(
         "requests_per_s": {arm: spread(found, 2) for arm, found in per_s.items()},
         "of_local": {"host": ratios(per_s["host"], per_s["local"])},
         "of_computed": {
-            arm: spread([one / median(per_s["computed"]) for one in found])
-            for arm, found in per_s.items()
-            if arm != "computed"
+            arm: against_median(per_s["computed"], found) for arm, found in per_s.items() if arm != "computed"
         },
         "ttft_ms": {arm: spread([1e3 * one for one in times], 1) for arm, times in case.ttft_s.items()},
     }

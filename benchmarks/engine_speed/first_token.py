@@ -11,20 +11,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from benchmarks.engine_speed.engines import SCOPE, Ask, BenchEngine, plan_of, random_tokens, stored
 from benchmarks.peers.asking import Remembered, remembered
 from benchmarks.peers.opening import NONE, Openers, Peers, open_peers
 from benchmarks.storage_speed.cold import drop
-from benchmarks.storage_speed.timing import Arm, interleaved, ratios, spread
+from benchmarks.storage_speed.timing import Arm, against_median, interleaved, ratios, spread
 from kv_agent.chunks import ChunkRecord
 from kv_agent.storage.catalog import Catalog
 
 FRESH = 32
 _ROOMY = 1 << 30
-_COMPUTING_S = 3.0  # so long, and twice at least
+_COMPUTING_S = 3.0  # a memory is computed until so much time went into it, and twice at least
 Settings = Mapping[str, Mapping[str, Any]]
 
 TIERS: Settings = {
@@ -145,7 +144,5 @@ def _row(
         "chunks": num_chunks,
         "ms": {name: spread([1e3 * one for one in times], 1) for name, times in every.items()},
         "of_local": {name: ratios(times, local) for name, times in seconds.items() if times is not local},
-        "times_faster": {
-            name: spread([one / median(times) for one in computed]) for name, times in seconds.items()
-        },
+        "times_faster": {name: against_median(times, computed) for name, times in seconds.items()},
     }

@@ -45,6 +45,11 @@ def ratios(yardstick: Sequence[float], seconds: Sequence[float]) -> dict[str, fl
     return spread([one / other for one, other in zip(yardstick, seconds, strict=True)])
 
 
+def against_median(yardstick: Sequence[float], values: Sequence[float]) -> dict[str, float]:
+    """Values as multiples of the yardstick's median, where the two were not measured in the same rounds."""
+    return spread([one / median(yardstick) for one in values])
+
+
 def percentile(values: Sequence[float], share: float) -> float:
     """The value that ``share`` of all do not exceed."""
     ordered = sorted(values)

@@ -21,7 +21,7 @@ _SYNCHRONOUS: dict[Fsync, str] = {"always": "FULL", "never": "NORMAL"}
 
 # 128 MiB of the log are moved into the file at once, by whoever commits then and waits for two syncs. When
 # many chunks are stored already every row is on another page: ten turns fill SQLite's 1000 pages, and with
-# half of these more than one in a hundred would wait.
+# half of these more than one turn of eight chunks in a hundred would wait.
 _CHECKPOINT_PAGES = 32_768
 
 _ADVICE = {

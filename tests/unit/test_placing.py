@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kv_agent.chunks import Scope, TurnRecord
+from kv_agent.engines.base import Call
 from kv_agent.placing import Quality
 from kv_agent.planning import MemoryPrompt, build_prompt
 from kv_agent.recognition import SHORTEST_STRETCH
@@ -179,6 +183,27 @@ def test_without_a_stored_opening_memories_are_put_back_as_they_are(world: World
     turns, prompt = three_memories(world)
     found = stands(world, placed(world, prompt))
     assert [(turn.chunk_keys[0], 22 * number, 0) in found for number, turn in enumerate(turns)] == [True] * 3
+
+
+def test_rungs_of_several_prompts_are_in_the_engine_together(world: World) -> None:
+    """A server's engine computes them in one batch; here none goes on before all are there."""
+    documents = [text(seed, 400) for seed in range(4)]
+    for document in documents:
+        world.remember([*text(9, 9), *document])
+    prompts = [asked(world, [*text(8, 21), *document, *text(7, 12)]) for document in documents]
+    all_there, one_at_a_time = threading.Barrier(len(prompts), timeout=30), threading.Lock()
+
+    def run(call: Call) -> None:
+        all_there.wait()
+        with one_at_a_time:
+            world.run(call)
+
+    placer = replace(world.placer, run=run)
+    with ThreadPoolExecutor(len(prompts)) as threads:
+        ready = list(threads.map(lambda prompt: placer.placed(prompt, SCOPE, SCOPE, "fast"), prompts))
+
+    assert len(world.rungs) == len(prompts)
+    assert all(world.check(prompt).reach(0) == prompt.known_end for prompt in ready)
 
 
 def test_a_rung_that_fails_leaves_a_plan_that_holds(world: World) -> None:

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.storage_speed import cold
 from benchmarks.storage_speed.filling import CHUNK_TOKENS, TURN_CHUNKS, fill
 from benchmarks.storage_speed.report import tables
-from benchmarks.storage_speed.timing import interleaved, percentile, ratios, spread
+from benchmarks.storage_speed.timing import against_median, interleaved, percentile, ratios, spread
 from benchmarks.storage_speed.turns import FINGERPRINT, QWEN, ROOT, SCOPE, Turns, rows_of
 from kv_agent.chunks import content_key
 from kv_agent.storage.catalog import Catalog
@@ -55,6 +55,10 @@ def test_a_percentile_is_one_of_the_values() -> None:
     values = [float(value) for value in reversed(range(1, 101))]
 
     assert [percentile(values, share) for share in (0.5, 0.99, 1.0)] == [51.0, 100.0, 100.0]
+
+
+def test_multiples_are_of_the_yardstick_s_median() -> None:
+    assert against_median([1.0, 2.0, 30.0], [4.0, 8.0]) == {"median": 3.0, "q1": 2.5, "q3": 3.5, "min": 2.0}
 
 
 def test_made_up_turns_can_be_stored_and_read(tmp_path: Path) -> None:
