@@ -40,9 +40,10 @@ MODEL = Path(__file__).resolve().parent.parent / "build" / "models" / "qwen-shap
 Part = Callable[[Path, Path], Iterator[dict[str, Any]]]
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
+SHORT_LENGTHS = (8, 16, 32, 64, 128, 256)
 FULL: Mapping[str, Part] = {
     "first-token": lambda model, folder: first_token.measure(
-        model, folder, lengths=LENGTHS, rounds=7, peers=opening.BUNDLED
+        model, folder, lengths=LENGTHS, rounds=7, short=SHORT_LENGTHS, peers=opening.BUNDLED
     ),
     "peers": lambda model, folder: first_token.measure(
         model,
@@ -52,14 +53,6 @@ FULL: Mapping[str, Part] = {
         part="peers",
         settings=first_token.FEW,
         peers=opening.ALL,
-    ),
-    "short": lambda model, folder: first_token.measure(
-        model,
-        folder,
-        lengths=(8, 16, 32, 64, 128, 256),
-        rounds=7,
-        part="short memories",
-        settings=first_token.SHORT,
     ),
     "capture": lambda model, folder: capturing.measure(model, folder, num_requests=16, rounds=2),
     "loading": lambda model, folder: loading.measure(
@@ -86,9 +79,6 @@ QUICK: Mapping[str, Part] = {
         part="peers",
         settings=first_token.FEW,
         peers=opening.ALL,
-    ),
-    "short": lambda model, folder: first_token.measure(
-        model, folder, lengths=(16, 256), rounds=5, part="short memories", settings=first_token.SHORT
     ),
     "capture": lambda model, folder: capturing.measure(model, folder, num_requests=4, rounds=2),
     "loading": lambda model, folder: loading.measure(

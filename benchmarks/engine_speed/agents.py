@@ -20,7 +20,6 @@ FRESH_TOKENS = 32
 ANSWER_TOKENS = 16
 _HOST_BYTES = 2 << 30
 _FEWEST_REQUESTS = 8
-_TIMES_COMPUTED = 2  # it takes longest and varies least
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +43,7 @@ def measure(
         agents = [_remembered(catalog, ours, random_tokens(memory_tokens, seed=i)) for i in range(most)]
         for count in counts:
             case = _Case(agents[:count], max(count, _FEWEST_REQUESTS))
-            computed = [case.computed(plain) for _ in range(_TIMES_COMPUTED)]
+            computed = [case.computed(plain)]  # it takes longest and varies least
             seconds = {"computed": computed, **interleaved(case.arms(plain, ours), rounds)}
             yield _row(case, count, memory_tokens, seconds)
 

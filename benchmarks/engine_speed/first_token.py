@@ -33,7 +33,7 @@ TIERS: Settings = {
 }
 # Beside peers, each of which takes the memory of two engines.
 FEW: Settings = {name: TIERS[name] for name in ("host", "disk")}
-# Short memories: all of them put back, and those that it pays for.
+# What short memories are asked of: all of them put back, and those that it pays for.
 SHORT: Settings = {
     "host": TIERS["host"],
     "when faster": {**TIERS["host"], "load": "faster"},
@@ -47,31 +47,39 @@ def measure(
     rounds: int,
     *,
     part: str = "first token",
+    short: Sequence[int] = (),
     settings: Settings = TIERS,
     peers: Openers = NONE,
 ) -> Iterator[dict[str, Any]]:
     """A row for each number of memory tokens, an arm for each of the ``settings`` and each peer that hits.
 
     ``part`` is what the rows are called; ``lengths`` ascend, and who missed one is not asked for longer ones.
+    ``short`` ones are a part of their own, with the settings for these.
     """
     with ExitStack() as stack:
         catalog = stack.enter_context(closing(Catalog(folder / "catalog.sqlite3")))
         plain = stack.enter_context(closing(BenchEngine(model)))
         tiers = {
             name: stack.enter_context(closing(BenchEngine(model, {"store": str(folder), **chosen})))
-            for name, chosen in settings.items()
+            for name, chosen in {**settings, **(SHORT if short else {})}.items()
         }
         others = open_peers(peers, model, folder / "peers", stack)
-        if "when faster" in tiers:  # as any server has had before
+        if short:  # as any server has had before
             tiers["when faster"].run([_any_chat(number) for number in range(8)], 1)
         hitting = dict(others.engines)
-        for length in lengths:
+        for length in (*short, *lengths):
+            is_short = length in short
+            asked = {name: tiers[name] for name in (SHORT if is_short else settings)}
             memory = random_tokens(length, seed=length)
             records = stored(catalog, tiers["host"].ask(memory, scope=SCOPE))
             case = _Case(folder, memory, records)
             computed = case.computed(plain, rounds)
-            theirs = {name: remembered(engine, memory, case.prompt) for name, engine in hitting.items()}
-            seconds = interleaved(case.arms(plain, tiers, theirs), rounds)
+            if is_short:
+                seconds = interleaved(case.arms(plain, asked, {}), rounds)
+                yield {"part": "short memories", **_row(length, len(records), computed, seconds)}
+                continue
+            theirs = {name: remembered(engine, length, case.prompt) for name, engine in hitting.items()}
+            seconds = interleaved(case.arms(plain, asked, theirs), rounds)
             told = _told(others, theirs) if peers else {}
             yield {"part": part, **_row(length, len(records), computed, _hits(seconds, theirs)), **told}
             hitting = {name: engine for name, engine in hitting.items() if theirs[name].missed is None}

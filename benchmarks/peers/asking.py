@@ -45,10 +45,10 @@ class Remembered:
             return f"{self.num_brought} of {self._num_tokens} tokens came back"
         return self._failure
 
-    def store(self, memory: Sequence[int], timeout_s: float) -> None:
-        """Give it to the peer, and wait until it comes back."""
+    def store(self, timeout_s: float) -> None:
+        """Give it to the peer, with a turn as some know whole prompts only, and wait until it comes back."""
         deadline = time.monotonic() + timeout_s
-        self._asked(memory)
+        self._asked(self._prompt())
         for number in itertools.count(1):
             self.num_brought = self._num_tokens
             self.ttft_s()
@@ -74,13 +74,13 @@ class Remembered:
 
 def remembered(
     engine: Engine,
-    memory: Sequence[int],
+    num_tokens: int,
     prompt: Callable[[], Sequence[int]],
     timeout_s: float = _STORED_TIMEOUT_S,
 ) -> Remembered:
-    """Give a peer a memory; ``prompt`` makes turns behind it."""
-    found = Remembered(engine, len(memory), prompt)
-    found.store(memory, timeout_s)
+    """Give a peer a memory of so many tokens; ``prompt`` makes turns behind it."""
+    found = Remembered(engine, num_tokens, prompt)
+    found.store(timeout_s)
     return found
 
 

@@ -88,26 +88,26 @@ def test_peer_that_memory_does_not_suffice_for_is_not_started(tmp_path: Path) ->
 
 def test_memory_is_waited_for_until_it_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.sleep", lambda _: None)
-    peer = remembered(Store(0, 0, 0, 1024), MEMORY, turns().__next__)
+    peer = remembered(Store(0, 0, 0, 1024), len(MEMORY), turns().__next__)
 
     assert (peer.missed, peer.num_brought) == (None, 1024)
 
 
 def test_peer_that_brings_nothing_back_missed() -> None:
-    peer = remembered(Store(0), MEMORY, turns().__next__, timeout_s=0.0)
+    peer = remembered(Store(0), len(MEMORY), turns().__next__, timeout_s=0.0)
 
     assert peer.missed == "0 of 1024 tokens came back"
 
 
 def test_peer_is_asked_again_though_computing_took_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.sleep", lambda _: None)
-    peer = remembered(Store(0, 0, 1024), MEMORY, turns().__next__, timeout_s=0.0)
+    peer = remembered(Store(0, 0, 1024), len(MEMORY), turns().__next__, timeout_s=0.0)
 
     assert peer.missed is None
 
 
 def test_worst_round_counts() -> None:
-    peer = remembered(Store(0, 1024, 896, 511, 1024), MEMORY, turns().__next__)
+    peer = remembered(Store(0, 1024, 896, 511, 1024), len(MEMORY), turns().__next__)
 
     assert peer.ttft_s() == 0.5
     assert (peer.missed, peer.num_brought) == (None, 896)
@@ -117,7 +117,7 @@ def test_worst_round_counts() -> None:
 
 
 def test_engine_that_dies_between_rounds_missed_and_raises_nothing() -> None:
-    peer = remembered(Store(0, 1024, None), MEMORY, turns().__next__)
+    peer = remembered(Store(0, 1024, None), len(MEMORY), turns().__next__)
 
     assert isnan(peer.ttft_s())
     assert peer.missed == "it ended with 1"
