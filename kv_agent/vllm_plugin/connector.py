@@ -25,7 +25,7 @@ from vllm.v1.request import RequestStatus
 from kv_agent.config import PluginConfig, parse
 from kv_agent.errors import ConfigError, UnsupportedModelError
 from kv_agent.kv.rope import RotaryScheme, scheme_from_table
-from kv_agent.machine import available_bytes, memory_budgets
+from kv_agent.machine import available_bytes, leave_out_of_collections, memory_budgets
 from kv_agent.storage.codecs import Codec
 from kv_agent.storage.policy import policy_named
 from kv_agent.storage.store import LocalStore
@@ -230,6 +230,7 @@ class KVAgentConnector(KVConnectorBase_V1):
             decode=TurnDecoder(self._vllm_config.model_config),
         )
         self._tally = Tally(self._worker.gauges)
+        leave_out_of_collections()
 
     def _pooled_layers(self, num_layers: int) -> tuple[int, ...]:
         """Layers to pool, in order; negative ones count from the last, absent ones are left out."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -125,3 +127,26 @@ def test_a_c_library_that_cannot_give_memory_back_keeps_it(monkeypatch: pytest.M
 
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def test_collections_look_only_through_what_was_made_later() -> None:
+    program = """
+import gc, weakref
+from kv_agent.machine import leave_out_of_collections
+
+class Thing: pass
+def cycle():
+    thing = Thing(); thing.itself = thing
+    return thing
+garbage, kept = weakref.ref(cycle()), cycle()
+leave_out_of_collections()
+later = cycle()
+looked_through = set(map(id, gc.get_objects()))
+assert garbage() is None
+assert id(kept) not in looked_through and id(later) in looked_through
+assert len(looked_through) < gc.get_freeze_count() / 10
+later = weakref.ref(later)
+gc.collect()
+assert later() is None
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)  # this process needs its collections
