@@ -63,7 +63,7 @@ FULL: Mapping[str, Part] = {
     ),
     "scheduling": lambda _, folder: scheduling.measure(folder, num_turns=100_000, num_waiting=1000),
     "memory": lambda model, folder: memory.measure(
-        model, folder, host_bytes=96 << 20, warm_bytes=48 << 20, num_turns=18
+        model, folder, host_bytes=72 << 20, warm_bytes=36 << 20, num_turns=14
     ),
     "growth": lambda _, folder: growth.measure(folder, counts=(100, 300, 1000, 3000, 10_000, 30_000)),
 }

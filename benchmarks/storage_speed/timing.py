@@ -34,8 +34,8 @@ def interleaved(arms: Mapping[str, Arm], rounds: int) -> dict[str, list[float]]:
 
 
 def spread(values: Sequence[float], digits: int = 3) -> dict[str, float]:
-    """Median, the quartiles around it and the lowest."""
-    low, _, high = quantiles(values, n=4, method="inclusive")
+    """Median, the quartiles around it and the lowest; of a single value all are that."""
+    low, _, high = quantiles([*values, values[0]] if len(values) == 1 else values, n=4, method="inclusive")
     named = {"median": median(values), "q1": low, "q3": high, "min": min(values)}
     return {name: round(value, digits) for name, value in named.items()}
 

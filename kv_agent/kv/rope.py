@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kv_agent.errors import UnsupportedModelError
-from kv_agent.kv import rotation_kernel
+from kv_agent.kv import rotation_gpu, rotation_kernel
 
 # A float32 table multiplies position by frequency in float32, so its angle error grows with the angle:
 # a few roundings of 2**-24, relative. 2**-21 leaves room for position scaling, magnitude and GPU sin/cos.
@@ -82,6 +82,9 @@ def copy_rotated_into(out_THD: Tensor, k_THD: Tensor, delta: int, scheme: Rotary
     if scheme.neox and rotation_kernel.fits(out_THD, k_THD):
         rotation_kernel.rotate_into(out_THD, k_THD, *_turn(delta, scheme))
         return
+    if scheme.neox and rotation_gpu.fits(out_THD, k_THD):
+        rotation_gpu.rotate_into(out_THD, k_THD, *_turn(delta, scheme))
+        return
     out_THD[..., : scheme.rotary_dim] = _rotate(k_THD, _angles(float(delta), scheme), scheme)
     out_THD[..., scheme.rotary_dim :] = k_THD[..., scheme.rotary_dim :]
 
@@ -104,9 +107,11 @@ def _turn(delta: int, scheme: RotaryScheme) -> tuple[Tensor, Tensor]:
 
 
 def prepare_rotation(scheme: RotaryScheme, dtype: torch.dtype, device: torch.device) -> None:
-    """Do now what would delay the first rotation of such keys."""
+    """Do now what would delay the first rotation of such keys; raises whatever a compiler raises."""
     if scheme.neox and rotation_kernel.serves(dtype, device):
         rotation_kernel.compiled()
+    elif scheme.neox and device.type == "cuda":
+        rotation_gpu.prepare(dtype, device)
 
 
 def unrotate_keys(k_THD: Tensor, start: int, scheme: RotaryScheme) -> Tensor:

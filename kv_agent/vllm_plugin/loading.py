@@ -89,7 +89,8 @@ class Loader:
         self._direct = None if cache.copier is None else DirectWriter(cache.copier, scheme)
         self._readers = ThreadPoolExecutor(num_threads, "kv-agent-reader", initializer=use_own_cpus)
         if scheme is not None:
-            self._readers.submit(prepare_rotation, scheme, cache.dtype, cache.device)
+            prepare = partial(prepare_rotation, scheme, cache.dtype, cache.device)
+            self._readers.submit(attempt, prepare, None)
         self._loading: dict[str, _Loading] = {}
         self._at_once: _AtOnce | None = None
         self._loaded: dict[str, LoadFailure | None] = {}

@@ -1,7 +1,11 @@
-"""Random requests of every kind on one small cache: what is computed in place never depends on the rest."""
+"""Random requests of every kind on one small cache: what is computed in place never depends on the rest.
+
+``KV_AGENT_RANDOM_ROUNDS=100`` makes it that many.
+"""
 
 from __future__ import annotations
 
+import os
 import random
 from collections import Counter
 
@@ -16,7 +20,7 @@ from tests.engine import support
 pytestmark = pytest.mark.engine
 
 USER = "random"
-ROUNDS = 30
+ROUNDS = int(os.environ.get("KV_AGENT_RANDOM_ROUNDS", "15"))
 
 
 def chain_to(last: ChunkRecord, records: list[ChunkRecord]) -> list[ChunkRecord]:

@@ -49,6 +49,7 @@ def test_arms_run_as_often_as_said_in_turns() -> None:
 def test_ratios_are_those_of_each_round() -> None:
     assert ratios([1.0, 2.0, 9.0], [2.0, 4.0, 9.0]) == {"median": 0.5, "q1": 0.5, "q3": 0.75, "min": 0.5}
     assert spread([1.0, 2.0, 3.0, 4.0, 5.0])["q1"] == 2.0
+    assert set(spread([3.0]).values()) == {3.0}
 
 
 def test_a_percentile_is_one_of_the_values() -> None:
