@@ -67,22 +67,20 @@ def measure(
         others = open_peers(peers, model, folder / "peers", stack)
         if short:  # as any server has had before
             tiers["when faster"].run([_any_chat(number) for number in range(8)], 1)
-        hitting = dict(others.engines)
-        for length in (*short, *lengths):
-            is_short = length in short
-            asked = {name: tiers[name] for name in (SHORT if is_short else settings)}
-            memory = random_tokens(length, seed=length)
-            records = stored(catalog, tiers["host"].ask(memory, scope=SCOPE))
-            case = _Case(folder, memory, records)
+        for length in short:
+            case = _stored_case(catalog, tiers["host"], folder, length)
             computed = case.computed(plain, rounds)
-            if is_short:
-                seconds = interleaved(case.arms(plain, asked, {}), rounds)
-                yield {"part": "short memories", **_row(length, len(records), computed, seconds)}
-                continue
+            seconds = interleaved(case.arms(plain, {name: tiers[name] for name in SHORT}), rounds)
+            yield {"part": "short memories", **_row(case, computed, seconds)}
+        asked = {name: tiers[name] for name in settings}
+        hitting = dict(others.engines)
+        for length in lengths:
+            case = _stored_case(catalog, tiers["host"], folder, length)
+            computed = case.computed(plain, rounds)
             theirs = {name: remembered(engine, length, case.prompt) for name, engine in hitting.items()}
-            seconds = interleaved(case.arms(plain, asked, theirs), rounds)
+            seconds = interleaved(case.arms(plain, asked) | _peer_arms(theirs), rounds)
             told = _told(others, theirs) if peers else {}
-            yield {"part": part, **_row(length, len(records), computed, _hits(seconds, theirs)), **told}
+            yield {"part": part, **_row(case, computed, _hits(seconds, theirs)), **told}
             hitting = {name: engine for name, engine in hitting.items() if theirs[name].missed is None}
 
 
@@ -90,10 +88,16 @@ def _any_chat(number: int) -> Ask:
     return Ask(token_ids=random_tokens(300, seed=number), max_tokens=4)
 
 
+def _stored_case(catalog: Catalog, engine: BenchEngine, folder: Path, length: int) -> _Case:
+    memory = random_tokens(length, seed=length)
+    return _Case(folder, memory, stored(catalog, engine.ask(memory, scope=SCOPE)))
+
+
 class _Case:
     """Every request has another turn behind the same memory."""
 
     def __init__(self, folder: Path, memory: Sequence[int], records: Sequence[ChunkRecord]) -> None:
+        self.num_tokens, self.num_chunks = len(memory), len(records)
         self._memory = memory
         self._plan = plan_of(records)
         self._files = {folder / record.blob for record in records}
@@ -108,12 +112,9 @@ class _Case:
             seconds.append(plain.ask(self.prompt(), salt=str(next(self._numbers))).ttft_s)
         return seconds
 
-    def arms(
-        self, plain: BenchEngine, tiers: Mapping[str, BenchEngine], peers: Mapping[str, Remembered]
-    ) -> dict[str, Arm]:
+    def arms(self, plain: BenchEngine, tiers: Mapping[str, BenchEngine]) -> dict[str, Arm]:
         arms: dict[str, Arm] = {"local": lambda: plain.ask(self.prompt()).ttft_s}
-        arms |= {name: partial(self._ours, name, engine) for name, engine in tiers.items()}
-        return arms | {name: peer.ttft_s for name, peer in peers.items() if peer.missed is None}
+        return arms | {name: partial(self._ours, name, engine) for name, engine in tiers.items()}
 
     def prompt(self) -> list[int]:
         return [*self._memory, *random_tokens(FRESH, seed=next(self._numbers))]
@@ -127,6 +128,10 @@ class _Case:
         if name in TIERS and answer.fields["exact"] != len(self._memory):
             raise RuntimeError(f"{answer.fields['exact']} of {len(self._memory)} tokens came back")
         return answer.ttft_s
+
+
+def _peer_arms(peers: Mapping[str, Remembered]) -> dict[str, Arm]:
+    return {name: peer.ttft_s for name, peer in peers.items() if peer.missed is None}
 
 
 def _hits(
@@ -145,14 +150,12 @@ def _told(others: Peers, peers: Mapping[str, Remembered]) -> dict[str, Any]:
     }
 
 
-def _row(
-    length: int, num_chunks: int, computed: Sequence[float], seconds: Mapping[str, Sequence[float]]
-) -> dict[str, Any]:
+def _row(case: _Case, computed: Sequence[float], seconds: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     local = seconds["local"]
     every = {"computed": computed, **seconds}
     return {
-        "case": f"{length} memory tokens",
-        "chunks": num_chunks,
+        "case": f"{case.num_tokens} memory tokens",
+        "chunks": case.num_chunks,
         "ms": {name: spread([1e3 * one for one in times], 1) for name, times in every.items()},
         "of_local": {name: ratios(times, local) for name, times in seconds.items() if times is not local},
         "times_faster": {name: against_median(times, computed) for name, times in seconds.items()},

@@ -35,7 +35,7 @@ def interleaved(arms: Mapping[str, Arm], rounds: int) -> dict[str, list[float]]:
 
 def spread(values: Sequence[float], digits: int = 3) -> dict[str, float]:
     """Median, the quartiles around it and the lowest; of a single value all are that."""
-    low, _, high = quantiles([*values, values[0]] if len(values) == 1 else values, n=4, method="inclusive")
+    low, _, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
     named = {"median": median(values), "q1": low, "q3": high, "min": min(values)}
     return {name: round(value, digits) for name, value in named.items()}
 

@@ -24,6 +24,7 @@ from kv_agent.kv import rotation_gpu, rotation_kernel
 # a few roundings of 2**-24, relative. 2**-21 leaves room for position scaling, magnitude and GPU sin/cos.
 _TOLERANCE = 2.0**-21
 _KNOWN_TURNS = 4096  # distances whose cosines and sines are kept: chunks of one plan mostly move alike
+_TRIED_DELTA = 1000
 _BLOCK_ROWS = 4096  # float64 work is done in blocks, so a table of 128k positions needs no 100s of MB
 
 
@@ -111,7 +112,10 @@ def prepare_rotation(scheme: RotaryScheme, dtype: torch.dtype, device: torch.dev
     if scheme.neox and rotation_kernel.serves(dtype, device):
         rotation_kernel.compiled()
     elif scheme.neox and device.type == "cuda":
-        rotation_gpu.prepare(dtype, device)
+        shape = (2, 3, 2, scheme.rotary_dim + 2)
+        k_LTHD = torch.linspace(-300.0, 300.0, math.prod(shape), device=device).view(shape).to(dtype)
+        by_torch_LTHD = rotate_keys(k_LTHD, _TRIED_DELTA, scheme)
+        rotation_gpu.prepare(k_LTHD, *_turn(_TRIED_DELTA, scheme), by_torch_LTHD)
 
 
 def unrotate_keys(k_THD: Tensor, start: int, scheme: RotaryScheme) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-_works: set[tuple[torch.dtype, torch.device]] = set()  # where it has been tried
+_works: set[tuple[torch.dtype, torch.device]] = set()  # where it gave what torch gives
 
 
 def fits(out_THD: Tensor, k_THD: Tensor) -> bool:
@@ -30,18 +30,17 @@ def rotate_into(out_THD: Tensor, k_THD: Tensor, cos_F: Tensor, sin_F: Tensor) ->
     rotation_triton.rotate_into(out_THD, k_THD, cos_F, sin_F)
 
 
-def prepare(dtype: torch.dtype, device: torch.device) -> None:
-    """Compare it with torch there; where they agree it is used from now on. Raises whatever Triton raises."""
-    k_THD = torch.linspace(-300.0, 300.0, 2 * 3 * 2 * 10, device=device).view(2, 3, 2, 10).to(dtype)
-    angles_F = torch.arange(1.0, 5.0)
-    cos_F, sin_F = angles_F.cos(), angles_F.sin()
+def prepare(k_THD: Tensor, cos_F: Tensor, sin_F: Tensor, by_torch_THD: Tensor) -> None:
+    """Turn these keys; if that is what torch made of them, such keys are turned here from now on.
+
+    Raises whatever Triton raises.
+    """
     out_THD = torch.empty_like(k_THD)
     rotate_into(out_THD, k_THD, cos_F, sin_F)
-    a_THF, b_THF, rest = k_THD[..., :4].float(), k_THD[..., 4:8].float(), k_THD[..., 8:]
-    cos_F, sin_F = cos_F.to(device), sin_F.to(device)
-    turned = torch.cat((a_THF * cos_F - b_THF * sin_F, b_THF * cos_F + a_THF * sin_F), dim=-1)
-    if torch.equal(out_THD, torch.cat((turned.to(dtype), rest), dim=-1)):
-        _works.add((dtype, k_THD.device))
-    else:
-        about = {"event": "kernel_unavailable"}
-        logger.warning("keys are rotated without Triton, which differs from torch on %s", device, extra=about)
+    if torch.equal(out_THD, by_torch_THD):
+        _works.add((k_THD.dtype, k_THD.device))
+        return
+    about = {"event": "kernel_unavailable"}
+    logger.warning(
+        "keys are rotated without Triton, which differs from torch on %s", k_THD.device, extra=about
+    )

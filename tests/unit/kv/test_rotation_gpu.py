@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from types import ModuleType
 
 import numpy as np
@@ -19,13 +20,14 @@ from kv_agent.kv import rotation_gpu
 from kv_agent.kv.rope import RotaryScheme, copy_rotated_into, prepare_rotation, rotate_keys
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TURN = (torch.arange(1.0, 5.0).cos(), torch.arange(1.0, 5.0).sin())  # of four planes
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
 
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[ModuleType]:
     """The module as Triton makes it for its interpreter."""
-    pytest.importorskip("triton")
+    import_module("triton")  # first, for not all that is in there can be interpreted
     sys.modules.pop("kv_agent.kv.rotation_triton", None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
@@ -97,7 +99,7 @@ def test_it_is_used_where_it_gives_what_torch_gives(interpreted: ModuleType, dty
     k_LTHD = torch.randn(2, 3, 2, 8).to(dtype)
     assert not rotation_gpu.fits(torch.empty_like(k_LTHD), k_LTHD)
 
-    rotation_gpu.prepare(dtype, torch.device("cpu"))
+    rotation_gpu.prepare(k_LTHD, *TURN, by_torch(k_LTHD, *TURN))
 
     assert rotation_gpu.fits(torch.empty_like(k_LTHD), k_LTHD)
     assert not rotation_gpu.fits(torch.empty_like(k_LTHD), k_LTHD.transpose(1, 2))
@@ -112,9 +114,9 @@ def test_it_is_left_alone_where_it_differs(
         out_THD.view(-1)[-1] += 0.5
 
     monkeypatch.setattr(rotation_gpu, "rotate_into", nearly)
-    rotation_gpu.prepare(torch.float32, torch.device("cpu"))
-
     k_LTHD = torch.randn(2, 3, 2, 8)
+    rotation_gpu.prepare(k_LTHD, *TURN, by_torch(k_LTHD, *TURN))
+
     assert not rotation_gpu.fits(torch.empty_like(k_LTHD), k_LTHD)
     assert "rotated without Triton" in caplog.text
 
@@ -122,7 +124,6 @@ def test_it_is_left_alone_where_it_differs(
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90])
 def test_it_compiles_for_gpus_without_one(capability: int) -> None:
-    pytest.importorskip("triton")
     program = f"""
 import triton
 from triton.backends.compiler import GPUTarget
