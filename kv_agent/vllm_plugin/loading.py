@@ -18,13 +18,14 @@ from kv_agent.kv.rope import RotaryScheme, prepare_rotation
 from kv_agent.machine import use_own_cpus
 from kv_agent.storage.blobs import MissingBlobError
 from kv_agent.storage.store import LocalStore
-from kv_agent.vllm_plugin.direct import DirectWriter
+from kv_agent.vllm_plugin.direct import Prepare
 from kv_agent.vllm_plugin.guard import attempt
 from kv_agent.vllm_plugin.jobs import ChunkLoad, LoadFailure, LoadJob
 from kv_agent.vllm_plugin.layer_by_layer import LayerByLayer, LayerWork
 from kv_agent.vllm_plugin.paged_cache import PagedCache
 from kv_agent.vllm_plugin.residents import Residents
 from kv_agent.vllm_plugin.staging import Piece, Staging
+from kv_agent.vllm_plugin.streaming import chunk_writer
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class _Loading:
     job: LoadJob
     deadline: float
     locks: tuple[threading.Lock, ...]
+    prepare: Prepare | None  # the engine's thread writes where there is none
     reads: tuple[Future[_Fetched], ...] = ()
     is_given_up: bool = False
 
@@ -86,7 +88,7 @@ class Loader:
         self._store = store
         self._residents = residents
         self._staging = Staging(cache, scheme)
-        self._direct = None if cache.copier is None else DirectWriter(cache.copier, scheme)
+        self._writer = chunk_writer(cache, scheme)
         self._readers = ThreadPoolExecutor(num_threads, "kv-agent-reader", initializer=use_own_cpus)
         if scheme is not None:
             prepare = partial(prepare_rotation, scheme, cache.dtype, cache.device)
@@ -185,8 +187,8 @@ class Loader:
 
     def _works_of(self, job: LoadJob) -> list[LayerWork]:
         pieces = [self._resident_piece(chunk) for chunk in job.chunks]
-        if self._direct is not None:
-            return [self._direct.prepared(pieces, job.block_ids).run]
+        if self._writer is not None:
+            return [self._writer.into(job.block_ids)(pieces)]
         self._staging.write(pieces, job.block_ids)
         return []
 
@@ -206,6 +208,7 @@ class Loader:
             job=job,
             deadline=time.monotonic() + LOAD_TIMEOUT_S,
             locks=tuple(threading.Lock() for _ in job.chunks),
+            prepare=None if self._writer is None else self._writer.into(job.block_ids),
         )
         reads = (self._readers.submit(self._fetch, loading, number) for number in range(len(job.chunks)))
         loading.reads = tuple(reads)
@@ -216,14 +219,14 @@ class Loader:
             kv_L2THD = self._fitting(chunk, self._store.load(chunk.record))
         except StorageError as err:
             return self._failure(chunk, err)
-        if self._direct is None:
+        if loading.prepare is None:
             return kv_L2THD
         began = time.perf_counter()
         with loading.locks[number]:
             if loading.is_given_up:  # its blocks may be somebody else's by now
                 return None
             piece = Piece(kv_L2THD=kv_L2THD, start=chunk.start, delta=chunk.delta)
-            self._direct.prepared([piece], loading.job.block_ids).run()
+            loading.prepare([piece])(0, self._cache.num_layers)
         self._note_moved(kv_L2THD.nbytes, began)
         return None
 

@@ -3,7 +3,7 @@
 # L layers, T tokens, H kv heads, D head dim
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,6 +17,9 @@ from kv_agent.vllm_plugin.paging import BlockLayout, SlotWriter, measure_layout,
 
 # vLLM never hands this block to a request; it pads block tables.
 NULL_BLOCK = 0
+
+# (kv_L2THD, block_ids, start): puts KV at positions from ``start`` on.
+Put = Callable[[Tensor, Sequence[int], int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,13 +52,18 @@ class PagedCache:
         self.block_tokens = block_tokens
         self.device = layers[0].kv_cache_BHNC.device
         self.dtype = dtype
-        shape_PHD = (block_tokens, layers[0].num_kv_heads, layers[0].head_dim)
-        self._layouts = tuple(self._measure(layer, shape_PHD) for layer in layers)
-        self._copier = self._checked_copier(shape_PHD)
+        self._shape_PHD = (block_tokens, layers[0].num_kv_heads, layers[0].head_dim)
+        self._layouts = tuple(self._measure(layer, self._shape_PHD) for layer in layers)
+        self._copier = self._checked_copier()
 
     @property
     def num_layers(self) -> int:
         return len(self._layers)
+
+    @property
+    def has_streams(self) -> bool:
+        """Whether its device copies beside what it computes."""
+        return self.device.type != "cpu"
 
     @property
     def copier(self) -> BlockCopier | None:
@@ -83,31 +91,60 @@ class PagedCache:
         ``layers`` picks some layers, in that order; all of them by default.
         """
         if self._copier is not None and layers is None:
-            shape = (self.num_layers, 2, end - start, self._layers[0].num_kv_heads, self._layers[0].head_dim)
-            kv_L2THD = torch.empty(shape, dtype=self.dtype)
+            kv_L2THD = torch.empty((self.num_layers, 2, end - start, *self._shape_PHD[1:]), dtype=self.dtype)
             self._copier.gather(_plain(kv_L2THD, start), block_ids).run()
             return kv_L2THD
         blocks_T, offsets_T = self._slots(block_ids, start, end)
-        kv = [
-            read_slots(self._layers[i].kv_cache_BHNC, self._layouts[i], blocks_T, offsets_T)
-            for i in (range(self.num_layers) if layers is None else layers)
-        ]
-        return torch.stack(kv).cpu()  # sync: the blocks are given back after this step
+        chosen = range(self.num_layers) if layers is None else layers
+        shape = (len(chosen), 2, end - start, *self._shape_PHD[1:])
+        # A GPU copies into pinned memory without a detour; layer by layer it needs little memory itself.
+        kv_l2THD = torch.empty(shape, dtype=self.dtype, pin_memory=self.has_streams)
+        for out_2THD, i in zip(kv_l2THD, chosen, strict=True):
+            kv_2THD = read_slots(self._layers[i].kv_cache_BHNC, self._layouts[i], blocks_T, offsets_T)
+            out_2THD.copy_(kv_2THD, non_blocking=True)
+        if self.has_streams:  # the blocks are given back after this step
+            torch.cuda.current_stream(self.device).synchronize()
+        return kv_l2THD
 
-    def write(self, kv_L2THD: Tensor, block_ids: Sequence[int], start: int) -> None:
-        """Put KV at positions ``[start, start + T)`` through the attention backend's own writer."""
-        blocks_T, offsets_T = self._slots(block_ids, start, start + kv_L2THD.shape[2])
+    def write(
+        self, kv_l2THD: Tensor, block_ids: Sequence[int], start: int, layers: slice = slice(None)
+    ) -> None:
+        """Put KV of these ``layers``, by default all, at positions ``[start, start + T)``.
+
+        The attention backend's own writer does it.
+        """
+        blocks_T, offsets_T = self._slots(block_ids, start, start + kv_l2THD.shape[2])
         slots_T = blocks_T * self.block_tokens + offsets_T
-        kv_L2THD = kv_L2THD.to(self.device, non_blocking=True)
-        for layer, kv_2THD in zip(self._layers, kv_L2THD, strict=True):
+        kv_l2THD = kv_l2THD.to(self.device, non_blocking=True)
+        for layer, kv_2THD in zip(self._layers[layers], kv_l2THD, strict=True):
             layer.write(kv_2THD[0].contiguous(), kv_2THD[1].contiguous(), slots_T)
+
+    def puts_alike(self, put: Put) -> bool:
+        """Whether ``put`` leaves the null block as the backends' own writers do."""
+        P, H, D = self._shape_PHD
+        generator = torch.Generator().manual_seed(1)
+        kv_L2PHD = torch.randn((self.num_layers, 2, P, H, D), generator=generator).to(self.dtype)
+        blocks = [layer.kv_cache_BHNC[NULL_BLOCK] for layer in self._layers]
+        saved = [block.clone() for block in blocks]
+        try:
+            self.write(kv_L2PHD, [NULL_BLOCK], 0)
+            expected = [block.clone() for block in blocks]
+            for block, before in zip(blocks, saved, strict=True):
+                block.copy_(before)
+            for start, end in ((0, 1), (1, P)):  # a part of a block is not all of it
+                put(kv_L2PHD[:, :, start:end], [NULL_BLOCK], start)
+            pairs = zip(blocks, expected, strict=True)
+            return all(torch.equal(_bits(one), _bits(other)) for one, other in pairs)
+        finally:
+            for block, before in zip(blocks, saved, strict=True):
+                block.copy_(before)
 
     def _slots(self, block_ids: Sequence[int], start: int, end: int) -> tuple[Tensor, Tensor]:
         positions_T = torch.arange(start, end, device=self.device)
         table = torch.tensor(block_ids, dtype=torch.int64, device=self.device)
         return table[positions_T // self.block_tokens], positions_T % self.block_tokens
 
-    def _checked_copier(self, shape_PHD: tuple[int, int, int]) -> BlockCopier | None:
+    def _checked_copier(self) -> BlockCopier | None:
         caches = [layer.kv_cache_BHNC for layer in self._layers]
         halves = {layout.strided for layout in self._layouts}
         strided = halves.pop()
@@ -117,33 +154,23 @@ class PagedCache:
         copier = BlockCopier(
             caches_L=caches,
             block_items=caches[0].stride(0),
-            shape_PHD=shape_PHD,
+            shape_PHD=self._shape_PHD,
             key=strided[0],
             value=strided[1],
         )
-        return copier if attempt(partial(self._copies_alike, copier, shape_PHD), False) else None
+        return copier if attempt(partial(self._copies_alike, copier), False) else None
 
-    def _copies_alike(self, copier: BlockCopier, shape_PHD: tuple[int, int, int]) -> bool:
-        """Whether it leaves the null block as the backends' writers do, and reads what it wrote."""
-        P, H, D = shape_PHD
-        generator = torch.Generator().manual_seed(1)
-        kv_L2PHD = torch.randn((self.num_layers, 2, P, H, D), generator=generator).to(self.dtype)
-        read_L2PHD = torch.empty_like(kv_L2PHD)
-        blocks = [layer.kv_cache_BHNC[NULL_BLOCK] for layer in self._layers]
-        saved = [block.clone() for block in blocks]
-        try:
-            self.write(kv_L2PHD, [NULL_BLOCK], 0)
-            expected = [block.clone() for block in blocks]
-            for block, before in zip(blocks, saved, strict=True):
-                block.copy_(before)
-            for start, end in ((0, 1), (1, P)):  # a part of a block is not all of it
-                copier.scatter([_plain(kv_L2PHD[:, :, start:end], start)], [NULL_BLOCK]).run()
-            copier.gather(_plain(read_L2PHD, 0), [NULL_BLOCK]).run()
-            pairs = zip((*blocks, read_L2PHD), (*expected, kv_L2PHD), strict=True)
-            return all(torch.equal(_bits(one), _bits(other)) for one, other in pairs)
-        finally:
-            for block, before in zip(blocks, saved, strict=True):
-                block.copy_(before)
+    def _copies_alike(self, copier: BlockCopier) -> bool:
+        """Whether it writes as the backends do, and reads what it wrote."""
+        are_read_alike: list[bool] = []
+
+        def put(kv_L2THD: Tensor, block_ids: Sequence[int], start: int) -> None:
+            copier.scatter([_plain(kv_L2THD, start)], block_ids).run()
+            read_L2THD = torch.empty(kv_L2THD.shape, dtype=kv_L2THD.dtype)
+            copier.gather(_plain(read_L2THD, start), block_ids).run()
+            are_read_alike.append(torch.equal(_bits(read_L2THD), _bits(kv_L2THD)))
+
+        return self.puts_alike(put) and all(are_read_alike)
 
     def _measure(self, layer: PagedLayer, shape_PHD: tuple[int, int, int]) -> BlockLayout:
         layout = measure_layout(

@@ -4,7 +4,7 @@ A backend takes as long to be called as to write some thirty tokens, and it is c
 buffer stays, too: memory that is new costs more than what is done with it here.
 """
 
-# L layers, 2 = (key, value), T tokens, H kv heads, D head dim
+# L layers, l of them, 2 = (key, value), T tokens, H kv heads, D head dim
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
@@ -30,15 +30,25 @@ class Piece:
 
 
 class Staging:
-    """Rotates pieces into one buffer and writes that to the cache. Not thread-safe."""
+    """Rotates pieces into one buffer and writes that to the cache, the layers given. Not thread-safe.
+
+    All layers by default. Raises :class:`UnsupportedModelError` for a move without a ``scheme``.
+    """
 
     def __init__(
-        self, cache: PagedCache, scheme: RotaryScheme | None, limit_bytes: int = STAGING_BYTES
+        self,
+        cache: PagedCache,
+        scheme: RotaryScheme | None,
+        limit_bytes: int = STAGING_BYTES,
+        *,
+        layers: slice = slice(None),
     ) -> None:
         self._cache = cache
         self._scheme = scheme
-        self._capacity = max(1, limit_bytes // cache.token_bytes)  # tokens
-        self._buffer_L2THD: Tensor | None = None
+        self._layers = layers
+        num_layers = len(range(cache.num_layers)[layers])
+        self._capacity = max(1, limit_bytes * cache.num_layers // (cache.token_bytes * num_layers))  # tokens
+        self._buffer_l2THD: Tensor | None = None
         self._start = self._filled = 0
 
     def write(self, pieces: Iterable[Piece], block_ids: Sequence[int]) -> None:
@@ -52,30 +62,31 @@ class Staging:
                     self._flush(block_ids)
                     self._start = position
                 count = min(num_tokens - done, self._capacity - self._filled)
-                self._add(piece.kv_L2THD[:, :, done : done + count], piece.delta)
+                self._add(piece.kv_L2THD[self._layers, :, done : done + count], piece.delta)
                 done += count
         self._flush(block_ids)
 
-    def _add(self, kv_L2THD: Tensor, delta: int) -> None:
-        kv_L2THD = kv_L2THD.to(self._cache.device, non_blocking=True)
-        out_L2THD = self._buffer(kv_L2THD)[:, :, self._filled : self._filled + kv_L2THD.shape[2]]
-        out_L2THD[:, 1] = kv_L2THD[:, 1]
+    def _add(self, kv_l2THD: Tensor, delta: int) -> None:
+        kv_l2THD = kv_l2THD.to(self._cache.device, non_blocking=True)
+        out_l2THD = self._buffer(kv_l2THD)[:, :, self._filled : self._filled + kv_l2THD.shape[2]]
+        out_l2THD[:, 1] = kv_l2THD[:, 1]
         if delta == 0:
-            out_L2THD[:, 0] = kv_L2THD[:, 0]
+            out_l2THD[:, 0] = kv_l2THD[:, 0]
         elif self._scheme is None:
             raise UnsupportedModelError("keys cannot be moved, yet a chunk was to be")
         else:
-            copy_rotated_into(out_L2THD[:, 0], kv_L2THD[:, 0], delta, self._scheme)
-        self._filled += kv_L2THD.shape[2]
+            copy_rotated_into(out_l2THD[:, 0], kv_l2THD[:, 0], delta, self._scheme)
+        self._filled += kv_l2THD.shape[2]
 
     def _flush(self, block_ids: Sequence[int]) -> None:
-        if self._filled and self._buffer_L2THD is not None:
-            self._cache.write(self._buffer_L2THD[:, :, : self._filled], block_ids, self._start)
+        if self._filled and self._buffer_l2THD is not None:
+            kv_l2THD = self._buffer_l2THD[:, :, : self._filled]
+            self._cache.write(kv_l2THD, block_ids, self._start, self._layers)
         self._filled = 0
 
-    def _buffer(self, kv_L2THD: Tensor) -> Tensor:
-        if self._buffer_L2THD is None:
-            L, two, _, H, D = kv_L2THD.shape
-            shape = (L, two, self._capacity, H, D)
-            self._buffer_L2THD = torch.empty(shape, dtype=kv_L2THD.dtype, device=kv_L2THD.device)
-        return self._buffer_L2THD
+    def _buffer(self, kv_l2THD: Tensor) -> Tensor:
+        if self._buffer_l2THD is None:
+            layers, two, _, H, D = kv_l2THD.shape
+            shape = (layers, two, self._capacity, H, D)
+            self._buffer_l2THD = torch.empty(shape, dtype=kv_l2THD.dtype, device=kv_l2THD.device)
+        return self._buffer_l2THD

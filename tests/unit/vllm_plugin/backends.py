@@ -49,10 +49,10 @@ def _memory(num_elements: int, dtype: torch.dtype) -> Tensor:
     return bits.view(dtype)
 
 
-def token_rows_nhd(sizes: Sizes, dtype: torch.dtype) -> Backend:
+def token_rows_nhd(sizes: Sizes, dtype: torch.dtype, device: str = "cpu") -> Backend:
     """FlashAttention-like: a row per token and head, keys then values; heads inside tokens."""
     B, P, H, D = sizes.B, sizes.P, sizes.H, sizes.D
-    memory = _memory(B * P * H * 2 * D, dtype)
+    memory = _memory(B * P * H * 2 * D, dtype).to(device)
     rows_BPHC = memory.view(B, P, H, 2 * D)
 
     def write(key_THD: Tensor, value_THD: Tensor, slots_T: Tensor) -> None:

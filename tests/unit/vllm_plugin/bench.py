@@ -19,6 +19,7 @@ from kv_agent.storage.store import LocalStore, NewChunk
 from kv_agent.storage.turn_writes import AddResult
 from kv_agent.vllm_plugin.chains import cut_segments
 from kv_agent.vllm_plugin.jobs import CaptureJob, ChunkLoad, LoadFailure, LoadJob, StepJobs, WorkerReport
+from kv_agent.vllm_plugin.paged_cache import NULL_BLOCK, Put
 from kv_agent.vllm_plugin.worker import WorkerSide
 from tests.unit.vllm_plugin.builders import FINGERPRINT, ROOT, SCOPE
 
@@ -44,18 +45,22 @@ class DenseCopier(BlockCopier):
 
 
 class DenseCache:
-    """The paged cache's methods on one dense tensor ``[L, 2, S, H, D]``, a ``direct`` one's copier, too."""
+    """The paged cache's methods on one dense tensor ``[L, 2, S, H, D]``.
+
+    A ``direct`` one has its copier, too, and one that ``has_streams`` those of a CPU, which do nothing.
+    """
 
     block_tokens = P
     num_layers = L
     device = torch.device("cpu")
 
-    def __init__(self, dtype: torch.dtype, *, direct: bool = False) -> None:
+    def __init__(self, dtype: torch.dtype, *, direct: bool = False, has_streams: bool = False) -> None:
         shape = (L, 2, NUM_BLOCKS * P, H, D)
         self.dtype = dtype
         self.memory_L2SHD = torch.randn(shape, generator=torch.Generator().manual_seed(5)).to(dtype)
         self.broken: Exception | None = None
         self.copier = self._copier() if direct else None
+        self.has_streams = has_streams
 
     def _copier(self) -> DenseCopier:
         rows = {"token": H * D, "head": D, "dim": 1}
@@ -86,10 +91,19 @@ class DenseCache:
         chosen_L2SHD = self.memory_L2SHD[list(range(L) if layers is None else layers)]
         return chosen_L2SHD[:, :, slots(block_ids, start, end)]
 
-    def write(self, kv_L2THD: Tensor, block_ids: Sequence[int], start: int) -> None:
+    def write(
+        self, kv_l2THD: Tensor, block_ids: Sequence[int], start: int, layers: slice = slice(None)
+    ) -> None:
         self._fail_if_broken()
-        assert kv_L2THD.dtype == self.memory_L2SHD.dtype
-        self.memory_L2SHD[:, :, slots(block_ids, start, start + kv_L2THD.shape[2])] = kv_L2THD
+        assert kv_l2THD.dtype == self.memory_L2SHD.dtype
+        self.memory_L2SHD[layers][:, :, slots(block_ids, start, start + kv_l2THD.shape[2])] = kv_l2THD
+
+    def puts_alike(self, put: Put) -> bool:
+        before = self.memory_L2SHD.clone()
+        put(before[:, :, P : 2 * P], [NULL_BLOCK], 0)
+        puts_all = torch.equal(self.memory_L2SHD[:, :, :P], before[:, :, P : 2 * P])
+        self.memory_L2SHD.copy_(before)
+        return puts_all
 
     def _fail_if_broken(self) -> None:
         if self.broken is not None:
@@ -148,8 +162,9 @@ class Bench:
         queue_bytes: int = 1 << 30,
         scheme: RotaryScheme | None = SCHEME,
         direct: bool = False,
+        has_streams: bool = False,
     ) -> None:
-        self.cache = DenseCache(dtype, direct=direct)
+        self.cache = DenseCache(dtype, direct=direct, has_streams=has_streams)
         self.store = TroubledStore(root, host_bytes, warm_bytes)
         self.worker = WorkerSide(
             self.cache,

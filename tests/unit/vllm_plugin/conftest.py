@@ -24,13 +24,13 @@ def desk(catalog: FakeCatalog) -> Iterator[Desk]:
     desk.close()
 
 
-@pytest.fixture(params=[False, True], ids=["staged", "direct"])
+@pytest.fixture(params=[{}, {"direct": True}, {"has_streams": True}], ids=["staged", "direct", "streamed"])
 def benches(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Bench]]:
-    """Every test for both ways into the cache."""
+    """Every test for all ways into the cache."""
     opened: list[Bench] = []
 
     def make(**options: object) -> Bench:
-        opened.append(Bench(tmp_path / "store", direct=request.param, **options))
+        opened.append(Bench(tmp_path / "store", **{**request.param, **options}))
         return opened[-1]
 
     yield make

@@ -52,7 +52,7 @@ def test_the_cache_is_as_if_every_piece_was_written_alone(
 def test_neighbours_are_written_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = DenseCache(torch.float32)
     written: list[tuple[int, int]] = []
-    monkeypatch.setattr(cache, "write", lambda kv, _, start: written.append((start, kv.shape[2])))
+    monkeypatch.setattr(cache, "write", lambda kv, _, start, __: written.append((start, kv.shape[2])))
 
     Staging(cache, SCHEME).write(
         pieces_of([(0, 3, 1), (0, 4, 0), (2, 5, 0), (0, 1, 2)], torch.float32), range(NUM_BLOCKS)
