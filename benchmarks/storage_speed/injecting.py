@@ -60,7 +60,7 @@ def measure(rounds: int) -> Iterator[dict[str, Any]]:
 
     def write_directly(numbers: Iterable[int], delta: int, begin: int = 0) -> None:
         assert direct is not None
-        direct.prepared(pieces(numbers, delta, begin), block_ids).run()
+        direct.into(block_ids)(pieces(numbers, delta, begin))(0, cache.num_layers)
 
     def side_by_side(delta: int) -> None:
         parts = [range(first, NUM_CHUNKS, THREADS) for first in range(THREADS)]

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 GROUP = 64  # numbers in a group, about: all groups of a row have one size
-_FEW_BITS = 4
+FEW_BITS = 4
+LOW_OF_8_BITS = -127.0
 
 # A scale is 2 ** ((byte - 168) / 6): from 4e-9 to 2e4 in steps of 12 %, and rounded up. Text is short, so
 # scales of two bytes would be a tenth of what a small chunk takes.
 _STEPS_PER_OCTAVE, _SCALE_ONE = 6, 168
-_SCALES = torch.tensor([2.0 ** ((byte - _SCALE_ONE) / _STEPS_PER_OCTAVE) for byte in range(256)])
+SCALES = torch.tensor([2.0 ** ((byte - _SCALE_ONE) / _STEPS_PER_OCTAVE) for byte in range(256)])
 _MOST_LOW = 127
 
 
@@ -34,7 +35,7 @@ class Layout:
     bits: int
 
     def __post_init__(self) -> None:
-        if self.bits not in (_FEW_BITS, 8):
+        if self.bits not in (FEW_BITS, 8):
             raise ValueError(f"bits must be 4 or 8, got {self.bits}")
 
     @property
@@ -58,7 +59,36 @@ class Layout:
 
     @property
     def num_bytes(self) -> int:
-        return self.code_bytes + self.num_groups * (2 if self.bits == _FEW_BITS else 1)
+        return self.code_bytes + self.num_groups * (2 if self.bits == FEW_BITS else 1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Quantised:
+    """What :func:`quantise` gave of numbers so laid out; raises ``ValueError`` where that is other bytes."""
+
+    layout: Layout
+    data: Tensor
+
+    def __post_init__(self) -> None:
+        if self.data.numel() != self.layout.num_bytes:
+            raise ValueError(
+                f"{self.data.numel()} bytes are not the {self.layout.num_bytes} of {list(self.layout.shape)}"
+            )
+
+    @property
+    def codes(self) -> Tensor:
+        """Uint8, of two codes each with 4 bits, the lower half first."""
+        return self.data[: self.layout.code_bytes]
+
+    @property
+    def scales(self) -> Tensor:
+        """Uint8, one of each group: places in ``SCALES``."""
+        return self.data[self.layout.code_bytes :][: self.layout.num_groups]
+
+    @property
+    def lows(self) -> Tensor:
+        """Int8, one of each group with 4 bits; with 8 there are none."""
+        return self.data[self.layout.code_bytes + self.layout.num_groups :].view(torch.int8)
 
 
 def quantise(x_N: Tensor, bits: int) -> Tensor:
@@ -69,16 +99,16 @@ def quantise(x_N: Tensor, bits: int) -> Tensor:
     layout = Layout(tuple(x_N.shape), bits)
     x_GS = _padded(x_N, layout)
     most = 2 ** (bits - 1) - 1
-    if bits == _FEW_BITS:
+    if bits == FEW_BITS:
         low_G1, high_G1 = x_GS.amin(-1, keepdim=True), x_GS.amax(-1, keepdim=True)
         # Rounding the lowest number to a step may take half a step at either end.
         wanted_G1 = torch.maximum((high_G1 - low_G1) / (2**bits - 2), low_G1.abs() / _MOST_LOW)
         scales_G1 = _scale_bytes(wanted_G1)
-        scale_G1 = _SCALES[scales_G1.int()]
+        scale_G1 = SCALES[scales_G1.int()]
         lows_G1 = (low_G1 / scale_G1).round_().clamp_(-_MOST_LOW, _MOST_LOW)
     else:
         scales_G1 = _scale_bytes(x_GS.abs().amax(-1, keepdim=True) / most)
-        scale_G1, lows_G1 = _SCALES[scales_G1.int()], torch.tensor(-float(most))
+        scale_G1, lows_G1 = SCALES[scales_G1.int()], torch.tensor(LOW_OF_8_BITS)
     codes = ((x_GS / scale_G1).round_() - lows_G1).clamp_(0, 2**bits - 1).to(torch.uint8).flatten()
     if bits == 8:
         return torch.cat([codes, scales_G1.flatten()])
@@ -90,16 +120,12 @@ def quantise(x_N: Tensor, bits: int) -> Tensor:
 def dequantise(data: Tensor, shape: tuple[int, ...], bits: int) -> Tensor:
     """Inverse of :func:`quantise` -> float32 ``shape``, each number within half a step of what it was."""
     layout = Layout(shape, bits)
-    if data.numel() != layout.num_bytes:
-        raise ValueError(f"{data.numel()} bytes are not the {layout.num_bytes} of {list(shape)}")
-    lows_start = layout.code_bytes + layout.num_groups
-    codes, scales, lows = data[: layout.code_bytes], data[layout.code_bytes : lows_start], data[lows_start:]
-    if bits == _FEW_BITS:
+    quantised = Quantised(layout, data)
+    codes, low_G1 = quantised.codes, torch.tensor(LOW_OF_8_BITS)
+    if bits == FEW_BITS:
         codes = torch.stack((codes & 15, codes >> 4), dim=-1).flatten()[: math.prod(layout.grouped)]
-        low_G1 = lows.view(torch.int8).float().view(*layout.grouped[:-1], 1)
-    else:
-        low_G1 = torch.tensor(-float(2 ** (bits - 1) - 1))
-    scale_G1 = _SCALES[scales.int()].view(*layout.grouped[:-1], 1)
+        low_G1 = quantised.lows.float().view(*layout.grouped[:-1], 1)
+    scale_G1 = SCALES[quantised.scales.int()].view(*layout.grouped[:-1], 1)
     x_GS = codes.view(layout.grouped).float().add_(low_G1).mul_(scale_G1)
     x_N: Tensor = x_GS.flatten(-2)[..., : shape[-1]]
     return x_N
@@ -107,9 +133,9 @@ def dequantise(data: Tensor, shape: tuple[int, ...], bits: int) -> Tensor:
 
 def _scale_bytes(wanted: Tensor) -> Tensor:
     """The smallest scales that are at least ``wanted``, as bytes."""
-    if not (wanted <= _SCALES[-1]).all():  # NaN is not
-        raise OverflowError(f"numbers are too large to be quantised by steps of {_SCALES[-1]}, or none")
-    return torch.bucketize(wanted, _SCALES).to(torch.uint8)
+    if not (wanted <= SCALES[-1]).all():  # NaN is not
+        raise OverflowError(f"numbers are too large to be quantised by steps of {SCALES[-1]}, or none")
+    return torch.bucketize(wanted, SCALES).to(torch.uint8)
 
 
 def _padded(x_N: Tensor, layout: Layout) -> Tensor:

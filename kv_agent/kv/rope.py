@@ -131,14 +131,23 @@ def place_keys(plain_THD: Tensor, start: int, scheme: RotaryScheme) -> Tensor:
     return _turned_by_position(plain_THD, start, 1, scheme)
 
 
+def turns_of(start: int, num_tokens: int, scheme: RotaryScheme) -> tuple[Tensor, Tensor]:
+    """Cosines and sines ``[T, F]``, float32, by which :func:`place_keys` turns so many tokens."""
+    angles_TF = _angles(_positions(start, num_tokens)[:, None], scheme)
+    return angles_TF.cos().float(), angles_TF.sin().float()
+
+
 def _turned_by_position(k_THD: Tensor, start: int, sign: int, scheme: RotaryScheme) -> Tensor:
     _check_head_dim(k_THD, scheme)
-    T = k_THD.shape[-3]
-    positions_T = torch.arange(start, start + T, dtype=torch.float64)
+    positions_T = _positions(start, k_THD.shape[-3])
     angles_T1F = _angles(sign * positions_T[:, None, None], scheme)
     turned_THD = k_THD.to(torch.float32, copy=True)
     turned_THD[..., : scheme.rotary_dim] = _rotate(k_THD, angles_T1F, scheme)
     return turned_THD
+
+
+def _positions(start: int, num_tokens: int) -> Tensor:
+    return torch.arange(start, start + num_tokens, dtype=torch.float64)
 
 
 def _check_head_dim(k_THD: Tensor, scheme: RotaryScheme) -> None:

@@ -1,4 +1,6 @@
-"""Emits LLVM's vector instructions: words that are copied and transposed, floats that are turned."""
+"""Emits LLVM's vector instructions: words that are copied and transposed, floats that are turned, codes of
+quantised numbers that become floats.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ from typing import Any
 
 VECTOR_BYTES = 32
 PLANES = 16  # of bfloat16 that are turned at once, in float32
+CODES = PLANES  # of quantised numbers that become floats at once
 
 
 class WordCode:
@@ -115,6 +118,13 @@ class FloatCode:
         words = build.zext(self._loaded(address, self._halves, 2), self._words)
         return build.bitcast(build.shl(words, self._same(16)), self._floats)
 
+    def turned(self, a: Any, b: Any, cosines: Any, sines: Any) -> tuple[Any, Any]:
+        build = self._builder
+        return (
+            build.fsub(build.fmul(a, cosines), build.fmul(b, sines)),
+            build.fadd(build.fmul(b, cosines), build.fmul(a, sines)),
+        )
+
     def store_rounded(self, floats: Any, address: Any) -> None:
         """To the nearest, halves to the even one; a NaN rounded like a number could become infinite."""
         build = self._builder
@@ -137,3 +147,54 @@ class FloatCode:
 
     def _same(self, number: int) -> Any:
         return self._ir.Constant(self._words, [number] * PLANES)
+
+
+class ByteCode:
+    """Emits vectors of 16 codes, a byte each, and the floats these stand for."""
+
+    def __init__(self, builder: Any) -> None:
+        from llvmlite import ir
+
+        self._ir = ir
+        self._builder = builder
+        self._floats = ir.VectorType(ir.FloatType(), CODES)
+
+    def load(self, address: Any) -> Any:
+        loaded = self._builder.load(self._at(address, CODES))
+        loaded.align = 1
+        return loaded
+
+    def store(self, codes: Any, address: Any) -> None:
+        stored = self._builder.store(codes, self._at(address, codes.type.count))
+        stored.align = 1
+
+    def numbers(self, address: Any, lows: Any, scales: Any) -> Any:
+        build = self._builder
+        return build.fmul(build.fadd(build.uitofp(self.load(address), self._floats), lows), scales)
+
+    def halves(self, codes: Any) -> tuple[Any, Any]:
+        """The lower four bits of each, and the upper four."""
+        low, four = (self._ir.Constant(codes.type, [number] * CODES) for number in (15, 4))
+        return self._builder.and_(codes, low), self._builder.lshr(codes, four)
+
+    def zipped(self, a: Any, b: Any, start: int, end: int) -> Any:
+        """One of ``a`` and one of ``b`` by turns, of each those from ``start`` to ``end``."""
+        return self._mixed(a, b, [place for i in range(start, end) for place in (i, i + CODES)])
+
+    def same(self, number: Any) -> Any:
+        """A vector of one float."""
+        first = self._ir.Constant(self._ir.IntType(32), 0)
+        alone = self._builder.insert_element(self._ir.Constant(self._floats, None), number, first)
+        return self._mixed(alone, alone, [0] * CODES)
+
+    def behind(self, address: Any, step: Any, count: int) -> Any:
+        """The address ``count`` steps behind this one."""
+        return self._builder.add(address, self._builder.mul(step, self._ir.Constant(step.type, count)))
+
+    def _mixed(self, a: Any, b: Any, places: list[int]) -> Any:
+        mask = self._ir.Constant(self._ir.VectorType(self._ir.IntType(32), len(places)), places)
+        return self._builder.shuffle_vector(a, b, mask)
+
+    def _at(self, address: Any, count: int) -> Any:
+        kind = self._ir.VectorType(self._ir.IntType(8), count)
+        return self._builder.inttoptr(address, kind.as_pointer())

@@ -3,6 +3,8 @@
 Stores to a cache's blocks go past the processor's own caches (non-temporal): the blocks are as large as those
 or larger, and to write half a line otherwise means to read it first. On two cores of an AMD EPYC rows are
 written three times as fast by this.
+
+Quantised numbers are ``(code + low) * scale``, each code a byte here: :mod:`kv_agent.kv.quantize`.
 """
 
 from __future__ import annotations
@@ -12,11 +14,12 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from kv_agent.kv.vector_code import VECTOR_BYTES, FloatCode, WordCode
+from kv_agent.kv.vector_code import CODES, VECTOR_BYTES, ByteCode, FloatCode, WordCode
 
 TOKENS = 32  # whose keys are turned into columns at once: the columns fill whole lines of 64 bytes
 DIMS = 16  # two bytes each, a vector
 _LINE_BYTES = 64
+_ITEM_BYTES, _FLOAT_BYTES = 2, 4
 
 
 @cache
@@ -91,13 +94,84 @@ def plane_turner() -> Any:
     def turn(builder: Any, target: Any, source: Any, apart: Any, cos: Any, sin: Any) -> None:
         code = FloatCode(builder)
         a, b = code.widened(source), code.widened(builder.add(source, apart))
-        cosines, sines = code.load(cos), code.load(sin)
-        turned_a = builder.fsub(builder.fmul(a, cosines), builder.fmul(b, sines))
-        turned_b = builder.fadd(builder.fmul(b, cosines), builder.fmul(a, sines))
+        turned_a, turned_b = code.turned(a, b, code.load(cos), code.load(sin))
         code.store_rounded(turned_a, target)
         code.store_rounded(turned_b, builder.add(target, apart))
 
     return _of_addresses(turn)
+
+
+@cache
+def quantised_turner() -> Any:
+    """``(target, codes, lows, scales, cos, sin, apart)``: turns 16 planes of quantised numbers, to bfloat16.
+
+    Halves are so many numbers apart; each number has a low and a scale.
+    """
+
+    def turn(
+        builder: Any, target: Any, codes: Any, lows: Any, scales: Any, cos: Any, sin: Any, apart: Any
+    ) -> None:
+        few, code = ByteCode(builder), FloatCode(builder)
+        a = few.numbers(codes, code.load(lows), code.load(scales))
+        lows, scales = (few.behind(address, apart, _FLOAT_BYTES) for address in (lows, scales))
+        b = few.numbers(few.behind(codes, apart, 1), code.load(lows), code.load(scales))
+        turned_a, turned_b = code.turned(a, b, code.load(cos), code.load(sin))
+        code.store_rounded(turned_a, target)
+        code.store_rounded(turned_b, few.behind(target, apart, _ITEM_BYTES))
+
+    return _of_addresses(turn)
+
+
+@cache
+def quantised_writer() -> Any:
+    """``(target, codes, lows, scales)``: 16 quantised numbers to bfloat16; each has a low and a scale."""
+
+    def write(builder: Any, target: Any, codes: Any, lows: Any, scales: Any) -> None:
+        code = FloatCode(builder)
+        numbers = ByteCode(builder).numbers(codes, code.load(lows), code.load(scales))
+        code.store_rounded(numbers, target)
+
+    return _of_addresses(write)
+
+
+@cache
+def group_writer() -> Any:
+    """``(target, codes, low, scale)``: 16 quantised numbers to bfloat16, of the one low and the one scale."""
+
+    def write(builder: Any, target: Any, codes: Any, low: Any, scale: Any) -> None:
+        few = ByteCode(builder)
+        FloatCode(builder).store_rounded(few.numbers(codes, few.same(low), few.same(scale)), target)
+
+    return _of_addresses(write, num_floats=2)
+
+
+@cache
+def code_unpacker() -> Any:
+    """``(target, source)``: of 16 bytes the 32 halves, the lower one of each first."""
+
+    def unpack(builder: Any, target: Any, source: Any) -> None:
+        few = ByteCode(builder)
+        few.store(few.zipped(*few.halves(few.load(source)), 0, CODES), target)
+
+    return _of_addresses(unpack)
+
+
+@cache
+def square_transposer() -> Any:
+    """``(target, source, row_step, column_step)``: 16 columns of 16 codes become rows."""
+
+    def transpose(builder: Any, target: Any, source: Any, row_step: Any, column_step: Any) -> None:
+        few, half = ByteCode(builder), CODES // 2
+        lines = [few.load(few.behind(source, column_step, number)) for number in range(CODES)]
+        # Where a code is, line and place, is a number of eight bits. Zipping all lines rotates these by one
+        # bit: after four times line and place have changed places.
+        for _ in range(4):
+            pairs = [(lines[i], lines[i + half]) for i in range(half)]
+            lines = [few.zipped(a, b, start, start + half) for a, b in pairs for start in (0, half)]
+        for number, line in enumerate(lines):
+            few.store(line, few.behind(target, row_step, number))
+
+    return _of_addresses(transpose)
 
 
 @cache
@@ -117,13 +191,13 @@ def fence() -> Any:
     return wait
 
 
-def _of_addresses(emit: Callable[..., None]) -> Any:
-    """A function for machine code: of the addresses that ``emit`` takes behind its builder."""
+def _of_addresses(emit: Callable[..., None], num_floats: int = 0) -> Any:
+    """A function for machine code: of the addresses, and then floats, ``emit`` takes behind its builder."""
     from numba import types
     from numba.extending import intrinsic
 
-    names = list(inspect.signature(emit).parameters)[1:]
-    kind = types.void(*(types.uint64,) * len(names))
+    count = len(inspect.signature(emit).parameters) - 1
+    kind = types.void(*(types.uint64,) * (count - num_floats), *(types.float32,) * num_floats)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         emit(builder, *args)
@@ -133,6 +207,8 @@ def _of_addresses(emit: Callable[..., None]) -> Any:
     typed = {
         2: lambda context, a, b: (kind, generate),
         3: lambda context, a, b, c: (kind, generate),
+        4: lambda context, a, b, c, d: (kind, generate),
         5: lambda context, a, b, c, d, e: (kind, generate),
+        7: lambda context, a, b, c, d, e, f, g: (kind, generate),
     }
-    return intrinsic(typed[len(names)])
+    return intrinsic(typed[count])

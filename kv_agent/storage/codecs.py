@@ -18,8 +18,9 @@ from torch import Tensor
 
 from kv_agent.chunks import RAW, CodecName
 from kv_agent.errors import CorruptChunkError, StorageError
-from kv_agent.kv.quantize import Layout, dequantise, quantise
-from kv_agent.kv.rope import RotaryScheme, place_keys, unrotate_keys
+from kv_agent.kv import dequantise_kernel
+from kv_agent.kv.quantize import Layout, Quantised, dequantise, quantise
+from kv_agent.kv.rope import RotaryScheme, place_keys, turns_of, unrotate_keys
 from kv_agent.storage.compression import compress, decompress
 
 CODECS: tuple[CodecName, ...] = get_args(CodecName)
@@ -87,21 +88,28 @@ class Codec:
         if isinstance(payload, Tensor):
             return payload
         base, _, packing = payload.codec.partition("+")
-        data = payload.data
-        num_bytes = coded_bytes(base, payload.shape, payload.dtype)
+        data, shape = payload.data, payload.shape
+        if base != RAW and not (len(shape) == 5 and shape[1] == 2 and min(shape) > 0):
+            raise CorruptChunkError(f"{payload.codec} of {list(shape)}, which is not [L, 2, T, H, D]")
+        num_bytes = coded_bytes(base, shape, payload.dtype)
         if packing:
             data = decompress(data, payload.dtype.itemsize if base == RAW else 1, num_bytes)
         if data.numel() != num_bytes:
-            raise CorruptChunkError(
-                f"{data.numel()} bytes of {payload.codec} do not hold {list(payload.shape)}"
-            )
+            raise CorruptChunkError(f"{data.numel()} bytes of {payload.codec} do not hold {list(shape)}")
         if base == RAW:
-            return data.view(payload.dtype).view(payload.shape)
+            return data.view(payload.dtype).view(shape)
         if self.scheme is None:
             raise StorageError(
                 f"a chunk stored as {payload.codec} needs the model's rotary embedding, which is not known"
             )
         return _dequantised(data, payload, start, self.scheme, _BITS[base])
+
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Do now what would delay the first :meth:`decode` of such KV; raises whatever a compiler raises."""
+        base = self.name.partition("+")[0]
+        is_neox = self.scheme is not None and self.scheme.neox
+        if base in _BITS and is_neox and dequantise_kernel.writes(dtype):
+            dequantise_kernel.compiled(_BITS[base])
 
 
 PLAIN = Codec()
@@ -130,10 +138,16 @@ def _quantised(kv_L2THD: Tensor, start: int, scheme: RotaryScheme, bits: int) ->
 
 
 def _dequantised(data: Tensor, payload: Coded, start: int, scheme: RotaryScheme, bits: int) -> Tensor:
-    keys, values = _parts(payload.shape)
-    key_bytes = Layout(keys, bits).num_bytes
-    keys_LTHD = dequantise(data[:key_bytes], keys, bits).permute(0, 3, 1, 2)
+    keys, values = (Layout(part, bits) for part in _parts(payload.shape))
+    of_keys, of_values = data[: keys.num_bytes], data[keys.num_bytes :]
+    if scheme.neox and dequantise_kernel.serves(payload.shape, payload.dtype, scheme.rotary_dim, data):
+        return dequantise_kernel.dequantised(
+            Quantised(keys, of_keys),
+            Quantised(values, of_values),
+            *turns_of(start, payload.shape[2], scheme),
+        )
+    keys_LTHD = dequantise(of_keys, keys.shape, bits).permute(0, 3, 1, 2)
     kv_L2THD = torch.empty(payload.shape, dtype=payload.dtype)
     kv_L2THD[:, 0] = place_keys(keys_LTHD, start, scheme)
-    kv_L2THD[:, 1] = dequantise(data[key_bytes:], values, bits).view_as(kv_L2THD[:, 1])
+    kv_L2THD[:, 1] = dequantise(of_values, values.shape, bits).view_as(kv_L2THD[:, 1])
     return kv_L2THD

@@ -100,7 +100,7 @@ class LocalStore:
         except OSError as err:
             raise StorageError(f"cannot create the store directory {root}: {err}") from err
         self._root = root
-        self._codec = codec
+        self.codec = codec
         self._blobs = BlobFiles(root, fsync)
         policy = policy or policy_named("lru")
         memory = memory_tiers(
@@ -364,10 +364,10 @@ class LocalStore:
                 logger.warning("an unused file stays behind: %s", err, extra={"event": "file_left"})
 
     def _payload(self, chunk: NewChunk) -> Payload:
-        return self._codec.encode(chunk.kv, chunk.start) if isinstance(chunk.kv, Tensor) else chunk.kv
+        return self.codec.encode(chunk.kv, chunk.start) if isinstance(chunk.kv, Tensor) else chunk.kv
 
     def _read(self, record: ChunkRecord) -> Tensor:
-        return self._codec.decode(self.stored(record), record.start)
+        return self.codec.decode(self.stored(record), record.start)
 
 
 def _key_of(chunk: NewChunk | ChunkKey) -> ChunkKey:

@@ -90,6 +90,7 @@ class Loader:
         self._staging = Staging(cache, scheme)
         self._writer = chunk_writer(cache, scheme)
         self._readers = ThreadPoolExecutor(num_threads, "kv-agent-reader", initializer=use_own_cpus)
+        self._readers.submit(attempt, partial(store.codec.prepare, cache.dtype), None)
         if scheme is not None:
             prepare = partial(prepare_rotation, scheme, cache.dtype, cache.device)
             self._readers.submit(attempt, prepare, None)

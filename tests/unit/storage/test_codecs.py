@@ -18,16 +18,19 @@ from torch import Tensor
 
 from kv_agent.chunks import ChunkKey, CodecName
 from kv_agent.errors import CorruptChunkError, StorageError
+from kv_agent.kv import dequantise_kernel
 from kv_agent.kv.rope import RotaryScheme, place_keys, rotate_keys, unrotate_keys
 from kv_agent.storage import blob_content
 from kv_agent.storage.archive import Archive
 from kv_agent.storage.codecs import CODECS, Codec, Coded, coded_bytes
+from kv_agent.storage.compression import compress
 from kv_agent.storage.store import LocalStore, NewChunk
 from kv_agent.storage.transfer import export_turns, import_archive
 from tests.unit.storage import mutations
 from tests.unit.storage.builders import FINGERPRINT, chain, record_of, same_bits, turn_of
 
 SCHEME = RotaryScheme(inv_freq=(1.0, 0.3), rotary_dim=4, neox=False)
+NEOX = RotaryScheme(inv_freq=(1.0, 0.3), rotary_dim=4, neox=True)
 LOSSY: list[CodecName] = ["int8", "int8+zstd", "int4", "int4+zstd"]
 
 
@@ -128,8 +131,9 @@ def test_without_the_rotary_embedding_nothing_is_quantised_and_nothing_quantised
 
 
 @pytest.mark.parametrize("codec", [*LOSSY, "raw+zstd"])
-def test_bytes_that_do_not_fit_the_shape_are_damage(codec: CodecName) -> None:
-    chosen = Codec(name=codec, scheme=SCHEME)
+@pytest.mark.parametrize("scheme", [SCHEME, NEOX], ids=["interleaved", "neox"])
+def test_bytes_that_do_not_fit_the_shape_are_damage(codec: CodecName, scheme: RotaryScheme) -> None:
+    chosen = Codec(name=codec, scheme=scheme)
     payload = chosen.encode(kv_of(5), 0)
     assert isinstance(payload, Coded)
     L, two, T, H, D = payload.shape
@@ -140,6 +144,71 @@ def test_bytes_that_do_not_fit_the_shape_are_damage(codec: CodecName) -> None:
     ):
         with pytest.raises(CorruptChunkError):
             chosen.decode(wrong, 0)
+
+
+@pytest.mark.parametrize("codec", LOSSY)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("scheme", [SCHEME, NEOX], ids=["interleaved", "neox"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 1, 5, 2, 8),
+        (2, 3, 5, 2, 8),
+        (-2, 2, 5, -2, 8),
+        (2, 2, 0, 2, 8),
+        (2, 2, 5, 16),
+        (2, 2, 5, 2, 8, 1),
+        (),
+    ],
+    ids=["no values", "three parts", "negative", "empty", "too few dims", "too many dims", "none"],
+)
+def test_shapes_that_no_kv_has_are_damage(
+    codec: CodecName, dtype: torch.dtype, scheme: RotaryScheme, shape: tuple[int, ...]
+) -> None:
+    """Also where the bytes are as many as for KV of that shape."""
+    base, _, packing = codec.partition("+")
+    num_bytes = coded_bytes(base, shape, dtype) if len(shape) == 5 else 100
+    data = torch.zeros(num_bytes, dtype=torch.uint8)
+    payload = Coded(codec=codec, dtype=dtype, shape=shape, data=compress(data, 1) if packing else data)
+    with pytest.raises(CorruptChunkError, match="is not"):
+        Codec(scheme=scheme).decode(payload, 0)
+
+
+@pytest.mark.parametrize("codec", ["int8", "int4"])
+def test_heads_smaller_than_what_is_turned_are_refused_before_machine_code_sees_them(
+    codec: CodecName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dequantise_kernel, "dequantised", None)
+    shape = (2, 2, 5, 8, 2)
+    data = torch.zeros(coded_bytes(codec, shape, torch.bfloat16), dtype=torch.uint8)
+    with pytest.raises(ValueError, match="D >= 4"):
+        Codec(scheme=NEOX).decode(Coded(codec=codec, dtype=torch.bfloat16, shape=shape, data=data), 0)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("scheme", [None, SCHEME, NEOX], ids=["none", "interleaved", "neox"])
+def test_only_what_needs_machine_code_has_it_made_beforehand(
+    codec: CodecName, dtype: torch.dtype, scheme: RotaryScheme | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    monkeypatch.setattr(dequantise_kernel, "compiled", made.append)
+
+    Codec(name=codec, scheme=scheme).prepare(dtype)
+
+    is_needed = codec in LOSSY and scheme is NEOX and dtype == torch.bfloat16
+    assert made == ([int(codec[3])] if is_needed else [])
+
+
+def test_after_preparing_the_first_chunk_is_decoded_by_what_was_made() -> None:
+    chosen = Codec(name="int4", scheme=NEOX)
+    chosen.prepare(torch.bfloat16)
+    before = dequantise_kernel.compiled.cache_info()
+
+    chosen.decode(chosen.encode(kv_of(5), 0), 0)
+
+    after = dequantise_kernel.compiled.cache_info()
+    assert (after.misses, after.hits) == (before.misses, before.hits + 1)
 
 
 @pytest.mark.parametrize("codec", [*LOSSY, "raw+zstd"])
