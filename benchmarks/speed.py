@@ -45,14 +45,8 @@ FULL: Mapping[str, Part] = {
     "first-token": lambda model, folder: first_token.measure(
         model, folder, lengths=LENGTHS, rounds=7, short=SHORT_LENGTHS, peers=opening.BUNDLED
     ),
-    "peers": lambda model, folder: first_token.measure(
-        model,
-        folder,
-        lengths=LENGTHS,
-        rounds=7,
-        part="peers",
-        settings=first_token.FEW,
-        peers=opening.ALL,
+    "peers": lambda model, folder: first_token.beside_peers(
+        model, folder, lengths=LENGTHS, rounds=7, peers=opening.ALL
     ),
     "capture": lambda model, folder: capturing.measure(model, folder, num_requests=16, rounds=2),
     "loading": lambda model, folder: loading.measure(
@@ -71,14 +65,8 @@ QUICK: Mapping[str, Part] = {
     "first-token": lambda model, folder: first_token.measure(
         model, folder, lengths=(512,), rounds=2, settings=first_token.FEW
     ),
-    "peers": lambda model, folder: first_token.measure(
-        model,
-        folder,
-        lengths=(512,),
-        rounds=2,
-        part="peers",
-        settings=first_token.FEW,
-        peers=opening.ALL,
+    "peers": lambda model, folder: first_token.beside_peers(
+        model, folder, lengths=(512,), rounds=2, peers=opening.ALL
     ),
     "capture": lambda model, folder: capturing.measure(model, folder, num_requests=4, rounds=2),
     "loading": lambda model, folder: loading.measure(

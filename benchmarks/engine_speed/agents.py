@@ -12,7 +12,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.engine_speed.engines import SCOPE, Answer, Ask, BenchEngine, plan_of, random_tokens, stored
+from benchmarks.engine_speed.engines import (
+    SCOPE,
+    SPINS_S,
+    Answer,
+    Ask,
+    BenchEngine,
+    plan_of,
+    random_tokens,
+    stored,
+)
 from benchmarks.storage_speed.timing import against_median, interleaved, ratios, spread
 from kv_agent.storage.catalog import Catalog
 
@@ -44,7 +53,7 @@ def measure(
         for count in counts:
             case = _Case(agents[:count], max(count, _FEWEST_REQUESTS))
             computed = [case.computed(plain)]  # it takes longest and varies least
-            seconds = {"computed": computed, **interleaved(case.arms(plain, ours), rounds)}
+            seconds = {"computed": computed, **interleaved(case.arms(plain, ours), rounds, SPINS_S)}
             yield _row(case, count, memory_tokens, seconds)
 
 

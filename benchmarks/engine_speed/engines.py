@@ -20,6 +20,8 @@ from kv_agent.storage.catalog import Catalog
 BLOCK = 128
 SCOPE = {"namespace": "default", "user_id": "bench"}
 _STORED_TIMEOUT_S = 120.0
+# So long after a step a worker of vLLM looks for the next one without a break, on a core that others want.
+SPINS_S = 1.1
 
 
 def pin_threads() -> None:

@@ -1,19 +1,28 @@
 """Time to the first token of a turn behind memory: computed, hit by vLLM itself, ours by tier, and peers'.
 
 Computing long memories takes most of the time and varies least, so it is done twice or, where it takes half a
-minute, once; everything else in every round.
+minute, once; everything else in every round, when no engine is busy any more.
 """
 
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine_speed.engines import SCOPE, Ask, BenchEngine, plan_of, random_tokens, stored
+from benchmarks.engine_speed.engines import (
+    SCOPE,
+    SPINS_S,
+    Ask,
+    BenchEngine,
+    plan_of,
+    random_tokens,
+    stored,
+)
 from benchmarks.peers.asking import Remembered, remembered
 from benchmarks.peers.opening import NONE, Openers, Peers, open_peers
 from benchmarks.storage_speed.cold import drop
@@ -32,7 +41,7 @@ TIERS: Settings = {
     "warm": {"host_bytes": 0, "warm_bytes": _ROOMY},
     "disk": {"host_bytes": 0, "warm_bytes": 0},
 }
-# Beside peers, each of which takes the memory of two engines.
+# Beside peers, and for a look.
 FEW: Settings = {name: TIERS[name] for name in ("host", "disk")}
 # What short memories are asked of: all of them put back, and those that it pays for.
 SHORT: Settings = {
@@ -47,50 +56,90 @@ def measure(
     lengths: Sequence[int],
     rounds: int,
     *,
-    part: str = "first token",
     short: Sequence[int] = (),
     settings: Settings = TIERS,
     peers: Openers = NONE,
 ) -> Iterator[dict[str, Any]]:
     """A row for each number of memory tokens, an arm for each of the ``settings`` and each peer that hits.
 
-    ``part`` is what the rows are called; ``lengths`` ascend, and who missed one is not asked for longer ones.
-    ``short`` ones are a part of their own, with the settings for these.
+    ``lengths`` ascend, and a peer that missed one is not asked for longer ones. ``short`` ones are a part of
+    their own, with the settings for these.
     """
     with ExitStack() as stack:
-        catalog = stack.enter_context(closing(Catalog(folder / "catalog.sqlite3")))
-        plain = stack.enter_context(closing(BenchEngine(model)))
-        tiers = {
-            name: stack.enter_context(closing(BenchEngine(model, {"store": str(folder), **chosen})))
-            for name, chosen in {**settings, **(SHORT if short else {})}.items()
-        }
+        ours = _Ours(model, folder, {**settings, **(SHORT if short else {})}, rounds, stack)
         others = open_peers(peers, model, folder / "peers", stack)
         if short:  # as any server has had before
-            tiers["when faster"].run([_any_chat(number) for number in range(8)], 1)
+            ours.tiers["when faster"].run([_any_chat(number) for number in range(8)], 1)
         for length in short:
-            case = _stored_case(catalog, tiers["host"], folder, length)
-            computed = case.computed(plain, rounds)
-            seconds = interleaved(case.arms(plain, {name: tiers[name] for name in SHORT}), rounds)
-            yield {"part": "short memories", **_row(case, computed, seconds)}
-        asked = {name: tiers[name] for name in settings}
+            case = ours.case(length)
+            yield {"part": "short memories", **_row(case, ours.asked(case, SHORT))}
         hitting = dict(others.engines)
         for length in lengths:
-            case = _stored_case(catalog, tiers["host"], folder, length)
-            computed = case.computed(plain, rounds)
+            case = ours.case(length)
             theirs = {name: remembered(engine, length, case.prompt) for name, engine in hitting.items()}
-            seconds = interleaved(case.arms(plain, asked) | _peer_arms(theirs), rounds)
-            told = _told(others, theirs) if peers else {}
-            yield {"part": part, **_row(case, computed, _hits(seconds, theirs)), **told}
+            row = _row(case, ours.asked(case, settings, theirs))
+            yield {"part": "first token", **row, **(_told(others, theirs) if peers else {})}
             hitting = {name: engine for name, engine in hitting.items() if theirs[name].missed is None}
+
+
+def beside_peers(
+    model: Path, folder: Path, lengths: Sequence[int], rounds: int, peers: Openers
+) -> Iterator[dict[str, Any]]:
+    """A row for each peer and number of memory tokens: one peer at a time, with its server, beside ours.
+
+    All at once would leave each of them little of two cores and of the memory. ``lengths`` ascend.
+    """
+    with ExitStack() as stack:
+        ours = _Ours(model, folder, FEW, rounds, stack)
+        cases = {length: ours.case(length) for length in lengths}
+        for name, opener in peers.items():
+            with ExitStack() as its_own:
+                others = open_peers({name: opener}, model, folder / "peers", its_own)
+                for length, case in cases.items():
+                    theirs = {
+                        name: remembered(engine, length, case.prompt)
+                        for name, engine in others.engines.items()
+                    }
+                    seconds = ours.asked(case, FEW, theirs)
+                    row = _row(case, seconds) | {"case": f"{length} memory tokens beside {name}"}
+                    if name in seconds:
+                        row["host_of_peer"] = ratios(seconds["host"], seconds[name])
+                    yield {"part": "peers", "peer": name, **row, **_told(others, theirs)}
+                    if name not in seconds:
+                        break
+
+
+class _Ours:
+    """An engine without the plugin and one for each of the ``settings``, all with one store."""
+
+    def __init__(self, model: Path, folder: Path, settings: Settings, rounds: int, stack: ExitStack) -> None:
+        self._folder, self._rounds = folder, rounds
+        self._catalog = stack.enter_context(closing(Catalog(folder / "catalog.sqlite3")))
+        self._plain = stack.enter_context(closing(BenchEngine(model)))
+        self.tiers = {
+            name: stack.enter_context(closing(BenchEngine(model, {"store": str(folder), **chosen})))
+            for name, chosen in settings.items()
+        }
+
+    def case(self, length: int) -> _Case:
+        """A memory that is stored, and computed without the plugin."""
+        memory = random_tokens(length, seed=length)
+        case = _Case(self._folder, memory, stored(self._catalog, self.tiers["host"].ask(memory, scope=SCOPE)))
+        time.sleep(SPINS_S)
+        case.compute(self._plain, self._rounds)
+        return case
+
+    def asked(
+        self, case: _Case, settings: Settings, peers: Mapping[str, Remembered] | None = None
+    ) -> dict[str, Sequence[float]]:
+        """Seconds in every round of all who bring the memory back."""
+        peers = peers or {}
+        arms = case.arms(self._plain, {name: self.tiers[name] for name in settings})
+        return _hits(interleaved(arms | _peer_arms(peers), self._rounds, SPINS_S), peers)
 
 
 def _any_chat(number: int) -> Ask:
     return Ask(token_ids=random_tokens(300, seed=number), max_tokens=4)
-
-
-def _stored_case(catalog: Catalog, engine: BenchEngine, folder: Path, length: int) -> _Case:
-    memory = random_tokens(length, seed=length)
-    return _Case(folder, memory, stored(catalog, engine.ask(memory, scope=SCOPE)))
 
 
 class _Case:
@@ -102,15 +151,15 @@ class _Case:
         self._plan = plan_of(records)
         self._files = {folder / record.blob for record in records}
         self._numbers = itertools.count(1_000_000)
+        self.computed_s: list[float] = []  # that all of it took, each time
 
-    def computed(self, plain: BenchEngine, most: int) -> list[float]:
-        """Seconds that all of it took, each time; then the memory is in the engine's own cache."""
-        seconds = [plain.ask(self.prompt()).ttft_s]
+    def compute(self, plain: BenchEngine, most: int) -> None:
+        """Compute it so many times at most; then the memory is in the engine's own cache."""
+        self.computed_s = seconds = [plain.ask(self.prompt()).ttft_s]
         while (len(seconds) < 2 and seconds[0] < _LONG_S) or (
             sum(seconds) < _COMPUTING_S and len(seconds) < most
         ):
             seconds.append(plain.ask(self.prompt(), salt=str(next(self._numbers))).ttft_s)
-        return seconds
 
     def arms(self, plain: BenchEngine, tiers: Mapping[str, BenchEngine]) -> dict[str, Arm]:
         arms: dict[str, Arm] = {"local": lambda: plain.ask(self.prompt()).ttft_s}
@@ -150,8 +199,8 @@ def _told(others: Peers, peers: Mapping[str, Remembered]) -> dict[str, Any]:
     }
 
 
-def _row(case: _Case, computed: Sequence[float], seconds: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    local = seconds["local"]
+def _row(case: _Case, seconds: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    local, computed = seconds["local"], case.computed_s
     every = {"computed": computed, **seconds}
     return {
         "case": f"{case.num_tokens} memory tokens",

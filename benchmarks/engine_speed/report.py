@@ -68,6 +68,24 @@ def _peers(rows: Sequence[Row]) -> list[str]:
     return sorted({arm for row in rows for arm in row["ms"]} - NAMES.keys())
 
 
+def _beside_peers(rows: Sequence[Row]) -> Iterator[str]:
+    yield from _head(
+        "memory tokens",
+        "peer",
+        "vLLM's own hit, ms",
+        "peer: of the hit",
+        "host",
+        "disk, cold",
+        "host: of the peer",
+    )
+    for row in rows:
+        if "host_of_peer" in row:
+            arms = (row["peer"], "host", "disk")
+            ratios = [*(row["of_local"][arm] for arm in arms), row["host_of_peer"]]
+            hit = _value(row["ms"]["local"])
+            yield _line(_count(row), row["peer"], hit, *(_value(one, 2) for one in ratios))
+
+
 def _short(rows: Sequence[Row]) -> Iterator[str]:
     yield from _head("memory tokens", "computed, ms", "always put back: of computing", "put back when faster")
     for row in rows:
@@ -180,7 +198,7 @@ def _value(found: Mapping[str, float], digits: int = 0) -> str:
 
 _PARTS = {
     "first token": _first_token,
-    "peers": _first_token,
+    "peers": _beside_peers,
     "short memories": _short,
     "capture": _capture,
     "loading": _loading,

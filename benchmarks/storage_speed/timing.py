@@ -20,17 +20,19 @@ def timed(work: Callable[[], object]) -> Arm:
     return run
 
 
-def interleaved(arms: Mapping[str, Arm], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each arm in every round, after one that does not count; the order turns."""
+def interleaved(arms: Mapping[str, Arm], rounds: int, pause_s: float = 0.0) -> dict[str, list[float]]:
+    """Seconds of each arm in every round, after one that does not count; the order turns.
+
+    ``pause_s`` before each, so that what another one does behind its work is over.
+    """
     names = list(arms)
-    for name in names:
-        arms[name]()
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(rounds):
-        first = number % len(names)
+    for number in range(rounds + 1):
+        first = max(0, number - 1) % len(names)
         for name in names[first:] + names[:first]:
+            time.sleep(pause_s)
             seconds[name].append(arms[name]())
-    return seconds
+    return {name: times[1:] for name, times in seconds.items()}
 
 
 def spread(values: Sequence[float], digits: int = 3) -> dict[str, float]:
