@@ -40,17 +40,17 @@ MODEL = Path(__file__).resolve().parent.parent / "build" / "models" / "qwen-shap
 Part = Callable[[Path, Path], Iterator[dict[str, Any]]]
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
-SHORT_LENGTHS = (8, 16, 32, 64, 128, 256)
+SHORT_LENGTHS = (8, 32, 64, 256)
 FULL: Mapping[str, Part] = {
     "first-token": lambda model, folder: first_token.measure(
-        model, folder, lengths=LENGTHS, rounds=7, short=SHORT_LENGTHS, peers=opening.BUNDLED
+        model, folder, lengths=LENGTHS, rounds=5, short=SHORT_LENGTHS, peers=opening.BUNDLED
     ),
     "peers": lambda model, folder: first_token.beside_peers(
-        model, folder, lengths=LENGTHS, rounds=7, peers=opening.ALL
+        model, folder, lengths=LENGTHS, rounds=5, peers=opening.ALL
     ),
     "capture": lambda model, folder: capturing.measure(model, folder, num_requests=16, rounds=2),
     "loading": lambda model, folder: loading.measure(
-        model, folder, plans=100, memory_tokens=4096, memories=25, rounds=2
+        model, folder, plans=100, memory_tokens=4096, memories=25, rounds=1
     ),
     "agents": lambda model, folder: agents.measure(
         model, folder, counts=(1, 8, 64), memory_tokens=256, rounds=2

@@ -1,16 +1,23 @@
-"""What of the machine this process may use: memory, how much of it chunks get by default, and CPUs."""
+"""What of the machine this process may use: memory, how much of it chunks get by default, CPUs, threads."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import os
+import re
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 MAX_HOST_BYTES = 4 << 30
+
+# The CPUs of the nearest process above that OpenMP has bound to nothing, for those that it has.
+_CPUS = "KV_AGENT_CPUS"
+# With one of these set, OpenMP binds the main thread to a core as soon as its library is loaded.
+_BINDS = ("OMP_PROC_BIND", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
+_OPENMP = re.compile(r"/\S*/lib[gi]?omp[0-9]*[-.]\S+$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,19 +49,44 @@ def available_bytes(root: Path = Path("/")) -> int:
 
 @cache
 def own_cpus() -> frozenset[int]:
-    """The CPUs this process had when this was first asked; none where that cannot be told."""
-    return frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset()
+    """The CPUs this process may use; none where that cannot be told.
+
+    To be asked before anything binds threads, and in the process that starts others before it does: vLLM's
+    workers are bound to a core each, by variables of OpenMP, before a line of ours runs in them.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return frozenset()
+    if any(name in os.environ for name in _BINDS):
+        with suppress(KeyError, ValueError):
+            return frozenset(map(int, os.environ[_CPUS].split(",")))
+    cpus = frozenset(os.sched_getaffinity(0))
+    os.environ[_CPUS] = ",".join(map(str, sorted(cpus)))
+    return cpus
 
 
-def use_own_cpus() -> None:
-    """Let the calling thread run on all of :func:`own_cpus`.
+def work_aside() -> None:
+    """Make the calling thread one that leaves the engine's alone: on any of :func:`own_cpus`, with no team.
 
-    vLLM binds the thread that steps its CPU engine to one core, and every thread that is started there would
-    be bound to the same, in its way, while others are idle.
+    It would be bound to the core of the thread that steps vLLM's CPU engine, which is the one that starts
+    it. And the first time it used OpenMP, as torch does, it would get threads to help it: from then on there
+    are more than cores, so that libgomp lets threads sleep that wait for work, and to wake them a hundred
+    times a step costs the model more than the help is worth (9 of 102 ms on two cores of an AMD EPYC).
     """
     if cpus := own_cpus():
         with suppress(OSError):  # they were taken away meanwhile
             os.sched_setaffinity(0, cpus)
+    import torch  # not needed by who only asks for memory
+
+    torch.get_num_threads()  # sets the thread's number the first time, so that comes first
+    with suppress(OSError):
+        for library in _openmp_libraries():
+            ctypes.CDLL(library).omp_set_num_threads(1)  # counts for this thread alone
+
+
+@cache
+def _openmp_libraries() -> frozenset[str]:
+    """Those that are loaded; torch has its own, and so may others."""
+    return frozenset(_OPENMP.findall(Path("/proc/self/maps").read_text()))
 
 
 def give_back_freed_memory() -> None:

@@ -72,7 +72,7 @@ def measure(model: Path, folder: Path, num_requests: int, rounds: int) -> Iterat
 def _prompts(count: int, seed: int) -> list[list[int]]:
     """The same lengths in every round, in any order: from 200 to 4,000, most of them short as in chats."""
     rng = random.Random(seed)
-    lengths = [round(200 * 20 ** ((i / max(1, count - 1)) ** 3)) for i in range(count)]
+    lengths = [round(200 * 20 ** ((i / max(1, count - 1)) ** 6)) for i in range(count)]
     rng.shuffle(lengths)
     return [random_tokens(length, seed=rng.randrange(1 << 30)) for length in lengths]
 

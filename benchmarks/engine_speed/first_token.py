@@ -1,7 +1,7 @@
 """Time to the first token of a turn behind memory: computed, hit by vLLM itself, ours by tier, and peers'.
 
-Computing long memories takes most of the time and varies least, so it is done twice or, where it takes half a
-minute, once; everything else in every round, when no engine is busy any more.
+Computing long memories takes most of the time and varies least, so it is done twice or, where it takes ten
+seconds, once; everything else in every round, when no engine is busy any more.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from kv_agent.storage.catalog import Catalog
 FRESH = 32
 _ROOMY = 1 << 30
 _COMPUTING_S = 3.0  # a memory is computed until so much time went into it, and twice at least,
-_LONG_S = 30.0  # unless the first time took so long
+_LONG_S = 10.0  # unless the first time took so long
 Settings = Mapping[str, Mapping[str, Any]]
 
 TIERS: Settings = {

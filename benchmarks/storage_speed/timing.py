@@ -23,14 +23,14 @@ def timed(work: Callable[[], object]) -> Arm:
 def interleaved(arms: Mapping[str, Arm], rounds: int, pause_s: float = 0.0) -> dict[str, list[float]]:
     """Seconds of each arm in every round, after one that does not count; the order turns.
 
-    ``pause_s`` before each, so that what another one does behind its work is over.
+    ``pause_s`` before each that counts, so that what another one does behind its work is over.
     """
     names = list(arms)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds + 1):
         first = max(0, number - 1) % len(names)
         for name in names[first:] + names[:first]:
-            time.sleep(pause_s)
+            time.sleep(pause_s if number else 0.0)
             seconds[name].append(arms[name]())
     return {name: times[1:] for name, times in seconds.items()}
 

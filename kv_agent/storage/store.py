@@ -21,7 +21,7 @@ from torch import Tensor
 from kv_agent.chunks import ChunkKey, ChunkRecord, ContentKey, Scope, TurnId, TurnRecord
 from kv_agent.config import Fsync
 from kv_agent.errors import StorageError
-from kv_agent.machine import use_own_cpus
+from kv_agent.machine import work_aside
 from kv_agent.storage import blob_content, checking, garbage
 from kv_agent.storage.blobs import BlobFiles, MissingBlobError
 from kv_agent.storage.catalog import Catalog
@@ -121,7 +121,7 @@ class LocalStore:
             memory,
             DiskTier(self._read, self.disk_counts),
             AccessWindow(promote_after),
-            ThreadPoolExecutor(1, "kv-agent-tiers", initializer=use_own_cpus),
+            ThreadPoolExecutor(1, "kv-agent-tiers", initializer=work_aside),
         )
 
     @property

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kv_agent.errors import StorageError, UnstorableError
-from kv_agent.machine import use_own_cpus
+from kv_agent.machine import work_aside
 from kv_agent.storage.pause import Pause
 
 logger = logging.getLogger(__name__)
@@ -163,7 +163,7 @@ class BackgroundWriter:
     # -- the thread that stores -----------------------------------------------------------------------
 
     def _run(self) -> None:
-        use_own_cpus()
+        work_aside()
         while True:
             with self._changed:
                 while not self._closed and (not self._jobs or self._pause.remaining_s):

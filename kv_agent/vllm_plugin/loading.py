@@ -15,7 +15,7 @@ from torch import Tensor
 from kv_agent.chunks import ChunkRecord
 from kv_agent.errors import CorruptChunkError, StorageError
 from kv_agent.kv.rope import RotaryScheme, prepare_rotation
-from kv_agent.machine import use_own_cpus
+from kv_agent.machine import work_aside
 from kv_agent.storage.blobs import MissingBlobError
 from kv_agent.storage.store import LocalStore
 from kv_agent.vllm_plugin.direct import Prepare
@@ -89,7 +89,7 @@ class Loader:
         self._residents = residents
         self._staging = Staging(cache, scheme)
         self._writer = chunk_writer(cache, scheme)
-        self._readers = ThreadPoolExecutor(num_threads, "kv-agent-reader", initializer=use_own_cpus)
+        self._readers = ThreadPoolExecutor(num_threads, "kv-agent-reader", initializer=work_aside)
         self._readers.submit(attempt, partial(store.codec.prepare, cache.dtype), None)
         if scheme is not None:
             prepare = partial(prepare_rotation, scheme, cache.dtype, cache.device)

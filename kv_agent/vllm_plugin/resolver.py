@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from kv_agent.chunks import ChunkKey, ChunkRecord, Fingerprint, Scope, root_key
 from kv_agent.config import PlanOptions
 from kv_agent.errors import StorageError
-from kv_agent.machine import use_own_cpus
+from kv_agent.machine import work_aside
 from kv_agent.vllm_plugin.chains import ChainIndex, walk
 from kv_agent.vllm_plugin.plan import CheckedPlan, Limits, Refusal, check_plan, refuse_all
 
@@ -46,7 +46,7 @@ class Resolver:
         self.moved_on = time.monotonic()
         self._catalog = catalog
         self._fingerprint = fingerprint
-        self._pool = ThreadPoolExecutor(1, "kv-agent-resolver", initializer=use_own_cpus)
+        self._pool = ThreadPoolExecutor(1, "kv-agent-resolver", initializer=work_aside)
 
     def submit(
         self, token_ids: Sequence[int], scope: Scope, plan: PlanOptions | None, *, find_stored: bool

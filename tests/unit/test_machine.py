@@ -150,3 +150,86 @@ gc.collect()
 assert later() is None
 """
     subprocess.run([sys.executable, "-c", program], check=True)  # this process needs its collections
+
+
+def ran(program: str, **variables: str) -> str:
+    """What another process prints, started without and then with these variables."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "KV_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        check=True,
+        env=environment | variables,
+        capture_output=True,
+        text=True,
+    )
+    return done.stdout
+
+
+TWO_CPUS = pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs"
+)
+
+
+@TWO_CPUS
+def test_a_thread_of_a_process_that_openmp_has_bound_runs_on_the_cpus_of_its_parent() -> None:
+    """As vLLM's executor and its worker, whose variables come between them."""
+    child = """
+import torch, os, threading
+from kv_agent.machine import work_aside
+print(len(os.sched_getaffinity(0)))
+def run():
+    work_aside()
+    print(len(os.sched_getaffinity(0)))
+thread = threading.Thread(target=run)
+thread.start()
+thread.join()
+"""
+    parent = f"""
+import os, subprocess, sys
+from kv_agent.machine import own_cpus
+own_cpus()
+bound = {{**os.environ, "GOMP_CPU_AFFINITY": "0 1", "OMP_NUM_THREADS": "2"}}
+subprocess.run([sys.executable, "-c", {child!r}], env=bound, check=True)
+"""
+    assert ran(parent).split() == ["1", str(len(os.sched_getaffinity(0)))]
+
+
+@TWO_CPUS
+def test_a_process_that_is_bound_by_its_user_has_those_cpus() -> None:
+    program = (
+        "import os; os.sched_setaffinity(0, {0}); from kv_agent.machine import own_cpus; print(*own_cpus())"
+    )
+
+    assert ran(program, KV_AGENT_CPUS="0,1") == "0\n"
+    assert ran(program, OMP_PROC_BIND="true") == "0\n"
+    assert ran(program, OMP_PROC_BIND="true", KV_AGENT_CPUS="anything") == "0\n"
+
+
+@TWO_CPUS
+def test_a_thread_that_works_aside_gets_no_helpers_and_takes_none_from_others() -> None:
+    program = """
+import os, threading
+import torch
+from kv_agent.machine import work_aside
+
+def work():
+    x = torch.randn(1500, 1500)
+    x.add_(1).bfloat16().float().sum()
+
+def aside():
+    work_aside()
+    work()
+    print(len(os.listdir("/proc/self/task")) - before)
+
+torch.set_num_threads(2)
+work()
+before = len(os.listdir("/proc/self/task")) + 1
+thread = threading.Thread(target=aside)
+thread.start()
+thread.join()
+print(torch.get_num_threads())
+other = threading.Thread(target=lambda: print(torch.get_num_threads()))
+other.start()
+other.join()
+"""
+    assert ran(program).split() == ["0", "2", "2"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future
 
@@ -142,6 +143,8 @@ def test_closing_drops_look_ups_that_have_not_begun(catalog: FakeCatalog) -> Non
     catalog.gate.clear()
     options = plan_options((record([1]), 0), fresh_start=1)
     begun, waiting = (resolver.submit((1, 2), SCOPE, options, find_stored=False) for _ in range(2))
+    while not begun.running():
+        time.sleep(0.001)
     closing = threading.Thread(target=resolver.close)
     closing.start()
     with pytest.raises(CancelledError):
