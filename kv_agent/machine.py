@@ -78,15 +78,17 @@ def work_aside() -> None:
     import torch  # not needed by who only asks for memory
 
     torch.get_num_threads()  # sets the thread's number the first time, so that comes first
-    with suppress(OSError):
-        for library in _openmp_libraries():
+    for library in _openmp_libraries():
+        with suppress(OSError, AttributeError):  # it only has such a name
             ctypes.CDLL(library).omp_set_num_threads(1)  # counts for this thread alone
 
 
 @cache
 def _openmp_libraries() -> frozenset[str]:
     """Those that are loaded; torch has its own, and so may others."""
-    return frozenset(_OPENMP.findall(Path("/proc/self/maps").read_text()))
+    with suppress(OSError):
+        return frozenset(_OPENMP.findall(Path("/proc/self/maps").read_text(errors="replace")))
+    return frozenset()
 
 
 def give_back_freed_memory() -> None:

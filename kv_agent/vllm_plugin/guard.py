@@ -11,12 +11,16 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def attempt(job: Callable[[], T | None], otherwise: T | None) -> T | None:
-    """Run a whole job; on any error log it and return ``otherwise``, which must be the safe answer."""
+_LOST = "its tokens are computed, its turn is not stored"
+
+
+def attempt(job: Callable[[], T | None], otherwise: T | None, so: str = _LOST) -> T | None:
+    """Run a whole job; on any error log it and return ``otherwise``, which must be the safe answer.
+
+    ``so`` says in the log what comes of it.
+    """
     try:
         return job()
     except Exception:
-        logger.exception(
-            "a memory job failed; its tokens are computed, its turn is not stored", extra={"event": "error"}
-        )
+        logger.exception("a memory job failed; %s", so, extra={"event": "error"})
         return otherwise

@@ -35,6 +35,8 @@ LOAD_TIMEOUT_S = 30.0
 # How long a step without a forward pass waits for a read; the engine polls us in such steps anyway.
 IDLE_WAIT_S = 0.005
 
+_NOT_PREPARED = "a kernel is made where it is needed, or torch does its work"
+
 # What became of a chunk: in the cache already (none left), to be put there, or lost.
 _Fetched = Tensor | LoadFailure | None
 
@@ -90,10 +92,11 @@ class Loader:
         self._staging = Staging(cache, scheme)
         self._writer = chunk_writer(cache, scheme)
         self._readers = ThreadPoolExecutor(num_threads, "kv-agent-reader", initializer=work_aside)
-        self._readers.submit(attempt, partial(store.codec.prepare, cache.dtype), None)
+        prepares = [partial(store.codec.prepare, cache.dtype)]
         if scheme is not None:
-            prepare = partial(prepare_rotation, scheme, cache.dtype, cache.device)
-            self._readers.submit(attempt, prepare, None)
+            prepares.append(partial(prepare_rotation, scheme, cache.dtype, cache.device))
+        for prepare in prepares:
+            self._readers.submit(attempt, prepare, None, _NOT_PREPARED)
         self._loading: dict[str, _Loading] = {}
         self._at_once: _AtOnce | None = None
         self._loaded: dict[str, LoadFailure | None] = {}

@@ -81,7 +81,7 @@ def chunk_writer(cache: PagedCache, scheme: RotaryScheme | None) -> ChunkWriter 
     def put(kv_L2THD: Tensor, block_ids: Sequence[int], start: int) -> None:
         writer.into(block_ids)([Piece(kv_L2THD=kv_L2THD, start=start, delta=0)])(0, cache.num_layers)
 
-    if attempt(partial(cache.puts_alike, put), False):
+    if attempt(partial(cache.puts_alike, put), False, "streams are left alone"):
         return writer
     logger.warning(
         "chunks are copied by the engine's thread: a stream of their own does not work on %s",

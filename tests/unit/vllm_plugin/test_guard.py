@@ -23,6 +23,12 @@ def test_a_job_that_fails_gives_the_safe_answer_and_its_traceback_is_logged(
     (logged,) = caplog.records
     assert logged.exc_info is not None
     assert isinstance(logged.exc_info[1], ZeroDivisionError)
+    assert logged.message == "a memory job failed; its tokens are computed, its turn is not stored"
+
+
+def test_a_job_may_have_its_own_words_for_what_failed(caplog: pytest.LogCaptureFixture) -> None:
+    attempt(lambda: fail(ZeroDivisionError("why")), 7, "torch does it")
+    assert [logged.message for logged in caplog.records] == ["a memory job failed; torch does it"]
 
 
 def test_being_asked_to_stop_is_no_error_of_a_job() -> None:
