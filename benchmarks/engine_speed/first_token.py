@@ -66,18 +66,18 @@ def measure(
     their own, with the settings for these.
     """
     with ExitStack() as stack:
-        ours = _Ours(model, folder, {**settings, **(SHORT if short else {})}, rounds, stack)
+        engines = _Engines(model, folder, {**settings, **(SHORT if short else {})}, rounds, stack)
         others = open_peers(peers, model, folder / "peers", stack)
         if short:  # as any server has had before
-            ours.tiers["when faster"].run([_any_chat(number) for number in range(8)], 1)
+            engines.tiers["when faster"].run([_any_chat(number) for number in range(8)], 1)
         for length in short:
-            case = ours.case(length)
-            yield {"part": "short memories", **_row(case, ours.asked(case, SHORT))}
+            case = engines.case(length)
+            yield {"part": "short memories", **_row(case, engines.asked(case, SHORT))}
         hitting = dict(others.engines)
         for length in lengths:
-            case = ours.case(length)
+            case = engines.case(length)
             theirs = {name: remembered(engine, length, case.prompt) for name, engine in hitting.items()}
-            row = _row(case, ours.asked(case, settings, theirs))
+            row = _row(case, engines.asked(case, settings, theirs))
             yield {"part": "first token", **row, **(_told(others, theirs) if peers else {})}
             hitting = {name: engine for name, engine in hitting.items() if theirs[name].missed is None}
 
@@ -90,8 +90,8 @@ def beside_peers(
     All at once would leave each of them little of two cores and of the memory. ``lengths`` ascend.
     """
     with ExitStack() as stack:
-        ours = _Ours(model, folder, FEW, rounds, stack)
-        cases = {length: ours.case(length) for length in lengths}
+        engines = _Engines(model, folder, FEW, rounds, stack)
+        cases = {length: engines.case(length) for length in lengths}
         for name, opener in peers.items():
             with ExitStack() as its_own:
                 others = open_peers({name: opener}, model, folder / "peers", its_own)
@@ -100,7 +100,7 @@ def beside_peers(
                         name: remembered(engine, length, case.prompt)
                         for name, engine in others.engines.items()
                     }
-                    seconds = ours.asked(case, FEW, theirs)
+                    seconds = engines.asked(case, FEW, theirs)
                     row = _row(case, seconds) | {"case": f"{length} memory tokens beside {name}"}
                     if name in seconds:
                         row["host_of_peer"] = ratios(seconds["host"], seconds[name])
@@ -109,7 +109,7 @@ def beside_peers(
                         break
 
 
-class _Ours:
+class _Engines:
     """An engine without the plugin and one for each of the ``settings``, all with one store."""
 
     def __init__(self, model: Path, folder: Path, settings: Settings, rounds: int, stack: ExitStack) -> None:

@@ -14,13 +14,13 @@ T = TypeVar("T")
 _LOST = "its tokens are computed, its turn is not stored"
 
 
-def attempt(job: Callable[[], T | None], otherwise: T | None, so: str = _LOST) -> T | None:
+def attempt(job: Callable[[], T | None], otherwise: T | None, consequence: str = _LOST) -> T | None:
     """Run a whole job; on any error log it and return ``otherwise``, which must be the safe answer.
 
-    ``so`` says in the log what comes of it.
+    ``consequence`` is for the log: what comes of the error.
     """
     try:
         return job()
     except Exception:
-        logger.exception("a memory job failed; %s", so, extra={"event": "error"})
+        logger.exception("a memory job failed; %s", consequence, extra={"event": "error"})
         return otherwise
