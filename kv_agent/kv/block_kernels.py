@@ -22,6 +22,7 @@ _WORD_BYTES = 8
 _TILE = 4  # items of two bytes in a word
 _ITEMS = {2: np.uint16, 4: np.uint32}  # by bytes; what is in them is moved, not looked at
 _ENDLESS = (1 << 62,)
+_LINE_BYTES = np.uint64(64)  # of the processor's caches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +55,11 @@ class Layout:
     value: Strided
     is_wide: bool
 
+    @property
+    def row_bytes(self) -> int:
+        """Of a token of plain keys or values in a layer."""
+        return self.shape_PHD[1] * self.shape_PHD[2] * self.item_bytes
+
 
 @cache
 def compiled(layout: Layout, *, to_blocks: bool, turns: bool) -> Callable[..., None]:
@@ -64,13 +70,11 @@ def compiled(layout: Layout, *, to_blocks: bool, turns: bool) -> Callable[..., N
     turn, cosines and sines ``[N, F]``; then the addresses of each layer's blocks, the sequence's block
     numbers, and the layers to do, from and to.
     """
-    import numba  # takes a second, unless vLLM has imported it
-
-    P, H, D = map(np.uint64, layout.shape_PHD)
-    row, item_bytes = H * D, np.uint64(layout.item_bytes)
-    copy_keys, copy_values = (_half_copier(layout, half, to_blocks) for half in (layout.key, layout.value))
-    rotate: Any = rotation_kernel.compiled() if turns else None
-    halves, all_stored, at_once = address_pointer(np.uint16), fence(), np.uint64(TOKENS)
+    P = np.uint64(layout.shape_PHD[0])
+    row_bytes = np.uint64(layout.row_bytes)
+    put_keys = _key_copier(layout, to_blocks=to_blocks, turns=turns)
+    put_values = _half_copier(layout, layout.value, to_blocks)
+    scratch_bytes, all_stored = np.uint64(TOKENS * layout.row_bytes) + _LINE_BYTES, fence()
 
     def copy_all(
         keys_N: Any,
@@ -87,24 +91,18 @@ def compiled(layout: Layout, *, to_blocks: bool, turns: bool) -> Callable[..., N
         first_layer: Any,
         end_layer: Any,
     ) -> None:
-        scratch = np.empty(at_once * row if turns else 0, np.uint16)
+        scratch = np.empty(scratch_bytes, np.uint8)
         for layer in range(first_layer, end_layer):
-            for n in range(len(keys_N)):
-                keys = keys_N[n] + np.uint64(layer) * key_steps_N[n]
-                values = values_N[n] + np.uint64(layer) * value_steps_N[n]
+            cache, step = caches_L[layer], np.uint64(layer)
+            keys = keys_N + step * key_steps_N
+            put_keys(keys, starts_N, counts_N, turned_N, cos_NF, sin_NF, cache, blocks, scratch)
+            for n in range(len(values_N)):
+                values = values_N[n] + step * value_steps_N[n]
                 done, start = np.uint64(0), starts_N[n]
                 while done < counts_N[n]:
                     inside = (start + done) % P
                     count = min(P - inside, counts_N[n] - done)
-                    block = blocks[(start + done) // P]
-                    if turns and turned_N[n]:  # so few that they stay in the nearest cache
-                        count = min(count, at_once - inside % at_once)
-                        plain = numba.carray(halves(keys + done * row * item_bytes), _ENDLESS)
-                        rotate(plain, scratch, 0, 0, 1, count * H, D, cos_NF[n], sin_NF[n])
-                        copy_keys(np.uint64(scratch.ctypes.data), caches_L[layer], block, inside, count)
-                    else:
-                        copy_keys(keys + done * row * item_bytes, caches_L[layer], block, inside, count)
-                    copy_values(values + done * row * item_bytes, caches_L[layer], block, inside, count)
+                    put_values(values + done * row_bytes, cache, blocks[(start + done) // P], inside, count)
                     done += count
         all_stored()
 
@@ -112,16 +110,89 @@ def compiled(layout: Layout, *, to_blocks: bool, turns: bool) -> Callable[..., N
     return machine_code
 
 
+def _key_copier(layout: Layout, *, to_blocks: bool, turns: bool) -> Any:
+    """Copies keys of all pieces of a layer.
+
+    Those that become columns, or are turned, go through ``memory``, 32 tokens at a time, so few that they
+    stay in the nearest cache. Where a piece ends among them the next one's go on: whole lines are fast to
+    write. It is an array, not an address: numba frees what is not used any more, and then others get it.
+    """
+    import numba
+
+    P, num_heads, D = map(np.uint64, layout.shape_PHD)
+    row_bytes, at_once = np.uint64(layout.row_bytes), np.uint64(TOKENS)
+    copy_keys = _half_copier(layout, layout.key, to_blocks)
+    in_groups = to_blocks and _has_columns(layout, layout.key)
+    copy_row = row_copier(layout.row_bytes, past_caches=False) if in_groups else None
+    rotate: Any = rotation_kernel.compiled() if turns else None
+    halves = address_pointer(np.uint16)
+
+    def put(scratch: Any, held: Any, until: Any, cache: Any, blocks: Any) -> None:
+        if held != until:
+            inside = held % P
+            copy_keys(scratch + inside % at_once * row_bytes, cache, blocks[held // P], inside, until - held)
+
+    empty = _machine_code(put)
+
+    def copy(
+        keys_N: Any,
+        starts_N: Any,
+        counts_N: Any,
+        turned_N: Any,
+        cos_NF: Any,
+        sin_NF: Any,
+        cache: Any,
+        blocks: Any,
+        memory: Any,
+    ) -> None:
+        scratch = np.uint64(memory.ctypes.data) // _LINE_BYTES * _LINE_BYTES + _LINE_BYTES
+        held = until = np.uint64(0)  # positions whose keys are in the scratch and not yet in their block
+        for n in range(len(keys_N)):
+            done = np.uint64(0)
+            while done < counts_N[n]:
+                position, source = starts_N[n] + done, keys_N[n] + done * row_bytes
+                inside = position % P
+                count = min(P - inside, counts_N[n] - done)
+                if in_groups or (turns and turned_N[n]):
+                    place = inside % at_once
+                    count = min(count, at_once - place)
+                    if position != until:  # it does not go on where the last one ended
+                        empty(scratch, held, until, cache, blocks)
+                        held = position
+                    target = scratch + place * row_bytes
+                    if turns and turned_N[n]:
+                        plain = numba.carray(halves(source), _ENDLESS)
+                        turned = numba.carray(halves(target), _ENDLESS)
+                        rotate(plain, turned, 0, 0, 1, count * num_heads, D, cos_NF[n], sin_NF[n])
+                    elif in_groups:
+                        for t in range(count):
+                            copy_row(target + t * row_bytes, source + t * row_bytes)
+                    until = position + count
+                    if not in_groups or until % P % at_once == 0:
+                        empty(scratch, held, until, cache, blocks)
+                        held = until
+                else:
+                    copy_keys(source, cache, blocks[position // P], inside, count)
+                done += count
+        empty(scratch, held, until, cache, blocks)
+
+    return _machine_code(copy)
+
+
 def _half_copier(layout: Layout, half: Strided, to_blocks: bool) -> Any:
     """Copies ``count`` tokens between plain KV and ``inside`` a block, given the address of either."""
-    has_rows, has_columns = half.dim == 1, half.token == 1 and layout.item_bytes == 2
-    if has_rows and _fills(VECTOR_BYTES, layout, half, half.token):
+    if half.dim == 1 and _fills(VECTOR_BYTES, layout, half, half.token):
         return _rows(layout, half, to_blocks)
-    if not layout.is_wide or not has_columns or not _fills(_WORD_BYTES, layout, half, half.dim):
-        return _items(layout, half, to_blocks)
-    if not to_blocks or not _fills(VECTOR_BYTES, layout, half, half.dim):
+    if to_blocks and _has_columns(layout, half):
+        return _columns(layout, half)
+    if half.token == 1 and layout.item_bytes == 2 and _fills(_WORD_BYTES, layout, half, half.dim):
         return _tiles(layout, half, to_blocks)
-    return _columns(layout, half)
+    return _items(layout, half, to_blocks)
+
+
+def _has_columns(layout: Layout, half: Strided) -> bool:
+    """Whether tokens stand side by side, and vectors of them can be written."""
+    return half.token == 1 and layout.item_bytes == 2 and _fills(VECTOR_BYTES, layout, half, half.dim)
 
 
 def _fills(num_bytes: int, layout: Layout, half: Strided, inner: int) -> bool:
@@ -168,21 +239,13 @@ def _columns(layout: Layout, half: Strided) -> Any:
     at_once, dims = np.uint64(TOKENS), np.uint64(DIMS)
 
     def copy(plain: Any, cache: Any, block: Any, inside: Any, count: Any) -> None:
-        before = min((at_once - inside % at_once) % at_once, count)
-        if before:
-            write_few(plain, cache, block, inside, before)
-        start = cache + block * block_step + first
-        done = before
-        while done + at_once <= count:
-            for h in range(H):
-                for d in range(np.uint64(0), D, dims):
-                    there = start + h * per_head + d * per_dim + (inside + done) * item
-                    # The next 32 tokens, which lie together: each of the calls for these fetches its share.
-                    ahead = plain + (done + at_once) * row + (h * D + d) * at_once * item
-                    write_columns(there, plain + done * row + (h * D + d) * item, ahead)
-            done += at_once
-        if done < count:
-            write_few(plain + done * row, cache, block, inside + done, count - done)
+        if count != at_once or inside % at_once:
+            write_few(plain, cache, block, inside, count)
+            return
+        start = cache + block * block_step + first + inside * item
+        for h in range(H):
+            for d in range(np.uint64(0), D, dims):
+                write_columns(start + h * per_head + d * per_dim, plain + (h * D + d) * item)
 
     return _machine_code(copy)
 

@@ -35,15 +35,6 @@ class WordCode:
             once = self._builder.module.add_metadata([self._ir.Constant(self._ir.IntType(32), 1)])
             stored.set_metadata("nontemporal", once)
 
-    def fetch(self, address: Any, offset: int) -> None:
-        """Bring a line into the nearest cache, if there is anything at this address."""
-        number, pointer = self._ir.IntType(32), self._ir.IntType(8).as_pointer()
-        kind = self._ir.FunctionType(self._ir.VoidType(), (pointer, number, number, number))
-        prefetch = self._builder.module.declare_intrinsic("llvm.prefetch", (pointer,), kind)
-        place = self._builder.add(address, self._ir.Constant(self._word, offset))
-        to_read, keep, data = (self._ir.Constant(number, value) for value in (0, 3, 1))
-        self._builder.call(prefetch, (self._builder.inttoptr(place, pointer), to_read, keep, data))
-
     def columns_of_four(self, rows: Sequence[Any]) -> list[Any]:
         """Of four rows of 16 items -> four vectors, the word ``w`` of vector ``j`` is column ``4 w + j``."""
         a, b, c, d = rows

@@ -18,7 +18,6 @@ from kv_agent.kv.vector_code import CODES, VECTOR_BYTES, ByteCode, FloatCode, Wo
 
 TOKENS = 32  # whose keys are turned into columns at once: the columns fill whole lines of 64 bytes
 DIMS = 16  # two bytes each, a vector
-_LINE_BYTES = 64
 _ITEM_BYTES, _FLOAT_BYTES = 2, 4
 
 
@@ -58,16 +57,13 @@ def row_copier(num_bytes: int, *, past_caches: bool) -> Any:
 
 @cache
 def column_writer(row_bytes: int, column_bytes: int) -> Any:
-    """``(target, source, ahead)``: of 32 rows, so far apart, 16 items of two bytes each become columns of 32.
+    """``(target, source)``: of 32 rows, so far apart, 16 items of two bytes each become columns of 32.
 
-    As many bytes are fetched from ``ahead`` as are read here: items are read across rows, in an order that no
-    processor foresees.
+    Items are read across rows, in an order that no processor foresees: rows are to be in its nearest cache.
     """
 
-    def write(builder: Any, target: Any, source: Any, ahead: Any) -> None:
+    def write(builder: Any, target: Any, source: Any) -> None:
         code = WordCode(builder)
-        for offset in range(0, TOKENS * VECTOR_BYTES, _LINE_BYTES):
-            code.fetch(ahead, offset)
         lines: list[list[Any]] = [[] for _ in range(DIMS)]
         for first in range(0, TOKENS, 16):
             rows = [code.load(source, (first + token) * row_bytes) for token in range(16)]

@@ -16,7 +16,14 @@ from kv_agent.kv.block_copy import BlockCopier, Copying, PlainPiece
 from kv_agent.kv.block_kernels import Strided
 from kv_agent.kv.rope import RotaryScheme, rotate_keys, turn_of
 from kv_agent.vllm_plugin.paged_cache import PagedCache
-from tests.unit.vllm_plugin.backends import PACKED, STRIDED, Backend, Sizes, token_rows_nhd
+from tests.unit.vllm_plugin.backends import (
+    PACKED,
+    STRIDED,
+    Backend,
+    Sizes,
+    token_rows_nhd,
+    transposed_keys,
+)
 
 L, B, P = 3, 9, 4
 WIDE, NARROW = Sizes(B=B, P=P, H=2, D=8), Sizes(B=B, P=P, H=1, D=5)
@@ -87,13 +94,13 @@ def test_it_writes_what_the_backend_writes_and_reads_what_is_there(
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     build=st.sampled_from(STRIDED),
     lengths=st.lists(
-        st.tuples(st.integers(1, 9), st.sampled_from([None, 1, -700, 4000])), min_size=1, max_size=4
+        st.tuples(st.integers(1, 40), st.sampled_from([None, 1, -700, 4000])), min_size=1, max_size=6
     ),
-    gap=st.integers(0, 40),
+    gap=st.integers(0, 40) | st.just(0),
     layers=st.sampled_from([(0, L), (1, 2)]),
     num_planes=st.sampled_from([5, 16]),
     seed=st.integers(0, 1000),
@@ -133,21 +140,25 @@ def test_many_pieces_are_turned_and_written_layer_by_layer(
         assert torch.equal(bits(one.memory), bits(other.memory))
 
 
-def test_threads_write_parts_of_one_block_side_by_side() -> None:
-    _, cache = opened(token_rows_nhd, WIDE, torch.bfloat16)
+@pytest.mark.parametrize(
+    ("build", "sizes", "step"),
+    [(token_rows_nhd, WIDE, 1), (transposed_keys, TALL, 7), (transposed_keys, TALL, 32)],
+)
+def test_threads_write_parts_of_one_block_side_by_side(build: Build, sizes: Sizes, step: int) -> None:
+    _, cache = opened(build, sizes, torch.bfloat16)
     copier = cache.copier
     assert copier is not None
-    blocks = list(range(B))
-    kv_L2THD = random_kv(B * P, WIDE, torch.bfloat16, seed=0)
+    blocks, num_tokens = list(range(sizes.B)), sizes.B * sizes.P
+    kv_L2THD = random_kv(num_tokens, sizes, torch.bfloat16, seed=0)
 
     def write(position: int) -> None:
-        part_L2THD = kv_L2THD[:, :, position : position + 1]
+        part_L2THD = kv_L2THD[:, :, position : position + step]
         copier.scatter([plain(part_L2THD, position)], blocks).run()
 
     for _ in range(20):
         with ThreadPoolExecutor(4) as threads:
-            list(threads.map(write, range(B * P)))
-        assert torch.equal(bits(cache.read(blocks, 0, B * P)), bits(kv_L2THD))
+            list(threads.map(write, range(0, num_tokens, step)))
+        assert torch.equal(bits(cache.read(blocks, 0, num_tokens)), bits(kv_L2THD))
 
 
 @pytest.mark.parametrize("build", PACKED, ids=lambda build: build.__name__)
