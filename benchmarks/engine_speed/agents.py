@@ -28,7 +28,7 @@ from kv_agent.storage.catalog import Catalog
 FRESH_TOKENS = 32
 ANSWER_TOKENS = 16
 _HOST_BYTES = 2 << 30
-_FEWEST_REQUESTS = 8
+_FEWEST_REQUESTS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -123,7 +123,7 @@ def _key_copier(layout: Layout, *, to_blocks: bool, turns: bool) -> Any:
     row_bytes, at_once = np.uint64(layout.row_bytes), np.uint64(TOKENS)
     copy_keys = _half_copier(layout, layout.key, to_blocks)
     in_groups = to_blocks and _has_columns(layout, layout.key)
-    copy_row = row_copier(layout.row_bytes, past_caches=False) if in_groups else None
+    copy_row: Any = row_copier(layout.row_bytes, past_caches=False) if in_groups else None
     rotate: Any = rotation_kernel.compiled() if turns else None
     halves = address_pointer(np.uint16)
 

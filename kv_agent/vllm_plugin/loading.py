@@ -134,7 +134,6 @@ class Loader:
             return
         num_tokens = sum(job.num_tokens for job in at_once.jobs)
         self._note_moved(num_tokens * self._cache.token_bytes, at_once.began)
-        self._readers.submit(self._note_uses, at_once.jobs)
 
     def finish_read(self, *, idle: bool) -> None:
         """Finish loads that have been read, and give up those that take too long.
@@ -186,8 +185,15 @@ class Loader:
                 going.append(job)
         work = LayerByLayer(works, self._cache.num_layers)
         self._at_once = _AtOnce(jobs=going, work=work, began=began)
-        if works:  # one helps: the model's own threads want the cores as well
-            self._readers.submit(work.help)
+        # One thread helps: the model's own want the cores as well. It counts uses, too, while the model
+        # computes: afterwards others wait for the interpreter.
+        self._readers.submit(self._help, work, going)
+
+    def _help(self, work: LayerByLayer, jobs: Sequence[LoadJob]) -> None:
+        work.help()
+        for job in jobs:
+            for chunk in job.chunks:
+                self._store.note_use(chunk.record)
 
     def _works_of(self, job: LoadJob) -> list[LayerWork]:
         pieces = [self._resident_piece(chunk) for chunk in job.chunks]
@@ -199,11 +205,6 @@ class Loader:
     def _resident_piece(self, chunk: ChunkLoad) -> Piece:
         kv_L2THD = self._residents.get(chunk.record.key, chunk.record.checksum)
         return Piece(kv_L2THD=self._fitting(chunk, kv_L2THD), start=chunk.start, delta=chunk.delta)
-
-    def _note_uses(self, jobs: Sequence[LoadJob]) -> None:
-        for job in jobs:
-            for chunk in job.chunks:
-                self._store.note_use(chunk.record)
 
     # -- in the background ---------------------------------------------------------------------------
 
@@ -237,7 +238,7 @@ class Loader:
     def _fitting(self, chunk: ChunkLoad, kv_L2THD: Tensor) -> Tensor:
         if not self._cache.fits(kv_L2THD):  # the checksum does not cover a blob's header
             raise CorruptChunkError(f"chunk {chunk.record.key} does not have the shape of this model's KV")
-        return kv_L2THD[:, :, chunk.skip :]
+        return kv_L2THD[:, :, chunk.skip :] if chunk.skip else kv_L2THD
 
     def _failure(self, chunk: ChunkLoad, err: StorageError) -> LoadFailure:
         key = chunk.record.key
