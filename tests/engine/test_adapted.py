@@ -122,7 +122,7 @@ def test_what_is_captured_behind_moved_chunks_is_not_taken_for_exact_text(
     prompt = support.tokens_of(order) + fresh
     plan = support.plan(order, fresh_start=len(prompt) - len(fresh))
 
-    behind = support.capture(engine, catalog, prompt, salt="behind", plan=plan)
+    behind = support.capture(engine, catalog, prompt, salt="behind moved", plan=plan)
     plain = support.capture(engine, catalog, prompt, content_start=len(prompt) - len(fresh))
 
     assert support.tokens_of(behind) == fresh
@@ -132,7 +132,7 @@ def test_what_is_captured_behind_moved_chunks_is_not_taken_for_exact_text(
     again = support.run(
         engine,
         (*prompt, *support.encode(engine, support.QUESTION)),
-        salt="behind",
+        salt="behind moved",
         scope=support.scope(),
         store=False,
         plan=support.plan([*order, *behind], fresh_start=len(prompt)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -107,6 +108,14 @@ def test_a_batch_of_plans_and_plain_requests_each_get_their_own_answer(
 
     assert [c.token_ids for c in together] == [c.token_ids for c in alone]
     assert [c.reuse.adapted > 0 for c in together[::2]] == [False, True, False, True]
+
+
+def test_collections_in_the_worker_leave_out_what_it_started_with(engine: VllmEngine) -> None:
+    def num_left_out(worker: object) -> int:
+        return gc.get_freeze_count()
+
+    (count,) = engine._llm.collective_rpc(num_left_out)
+    assert count > 100_000  # of the modules alone
 
 
 def test_two_engines_storing_at_once_keep_everything(
