@@ -127,12 +127,12 @@ def _key_copier(layout: Layout, *, to_blocks: bool, turns: bool) -> Any:
     rotate: Any = rotation_kernel.compiled() if turns else None
     halves = address_pointer(np.uint16)
 
-    def put(scratch: Any, held: Any, until: Any, cache: Any, blocks: Any) -> None:
+    def write_held(scratch: Any, held: Any, until: Any, cache: Any, blocks: Any) -> None:
         if held != until:
             inside = held % P
             copy_keys(scratch + inside % at_once * row_bytes, cache, blocks[held // P], inside, until - held)
 
-    empty = _machine_code(put)
+    write = _machine_code(write_held)
 
     def copy(
         keys_N: Any,
@@ -157,7 +157,7 @@ def _key_copier(layout: Layout, *, to_blocks: bool, turns: bool) -> Any:
                     place = inside % at_once
                     count = min(count, at_once - place)
                     if position != until:  # it does not go on where the last one ended
-                        empty(scratch, held, until, cache, blocks)
+                        write(scratch, held, until, cache, blocks)
                         held = position
                     target = scratch + place * row_bytes
                     if turns and turned_N[n]:
@@ -169,12 +169,12 @@ def _key_copier(layout: Layout, *, to_blocks: bool, turns: bool) -> Any:
                             copy_row(target + t * row_bytes, source + t * row_bytes)
                     until = position + count
                     if not in_groups or until % P % at_once == 0:
-                        empty(scratch, held, until, cache, blocks)
+                        write(scratch, held, until, cache, blocks)
                         held = until
                 else:
                     copy_keys(source, cache, blocks[position // P], inside, count)
                 done += count
-        empty(scratch, held, until, cache, blocks)
+        write(scratch, held, until, cache, blocks)
 
     return _machine_code(copy)
 
