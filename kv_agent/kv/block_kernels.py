@@ -74,7 +74,7 @@ def compiled(layout: Layout, *, to_blocks: bool, turns: bool) -> Callable[..., N
     row_bytes = np.uint64(layout.row_bytes)
     put_keys = _key_copier(layout, to_blocks=to_blocks, turns=turns)
     put_values = _half_copier(layout, layout.value, to_blocks)
-    scratch_bytes, all_stored = np.uint64(TOKENS * layout.row_bytes) + _LINE_BYTES, fence()
+    memory_bytes, all_stored = np.uint64(TOKENS * layout.row_bytes) + _LINE_BYTES, fence()
 
     def copy_all(
         keys_N: Any,
@@ -91,11 +91,11 @@ def compiled(layout: Layout, *, to_blocks: bool, turns: bool) -> Callable[..., N
         first_layer: Any,
         end_layer: Any,
     ) -> None:
-        scratch = np.empty(scratch_bytes, np.uint8)
+        memory = np.empty(memory_bytes, np.uint8)
         for layer in range(first_layer, end_layer):
             cache, step = caches_L[layer], np.uint64(layer)
             keys = keys_N + step * key_steps_N
-            put_keys(keys, starts_N, counts_N, turned_N, cos_NF, sin_NF, cache, blocks, scratch)
+            put_keys(keys, starts_N, counts_N, turned_N, cos_NF, sin_NF, cache, blocks, memory)
             for n in range(len(values_N)):
                 values = values_N[n] + step * value_steps_N[n]
                 done, start = np.uint64(0), starts_N[n]
@@ -164,7 +164,7 @@ def _key_copier(layout: Layout, *, to_blocks: bool, turns: bool) -> Any:
                         plain = numba.carray(halves(source), _ENDLESS)
                         turned = numba.carray(halves(target), _ENDLESS)
                         rotate(plain, turned, 0, 0, 1, count * num_heads, D, cos_NF[n], sin_NF[n])
-                    elif in_groups:
+                    elif in_groups:  # else there is no copier of rows, and numba leaves this out
                         for t in range(count):
                             copy_row(target + t * row_bytes, source + t * row_bytes)
                     until = position + count

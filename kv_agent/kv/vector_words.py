@@ -202,7 +202,6 @@ def _of_addresses(emit: Callable[..., None], num_floats: int = 0) -> Any:
     # numba reads from the parameters' names how many there are: none may be hidden in ``*addresses``.
     typed = {
         2: lambda context, a, b: (kind, generate),
-        3: lambda context, a, b, c: (kind, generate),
         4: lambda context, a, b, c, d: (kind, generate),
         5: lambda context, a, b, c, d, e: (kind, generate),
         7: lambda context, a, b, c, d, e, f, g: (kind, generate),
