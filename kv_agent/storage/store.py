@@ -34,7 +34,7 @@ from kv_agent.storage.policy import Policy, policy_named
 from kv_agent.storage.ranking import AccessWindow
 from kv_agent.storage.retention import Retention, default_disk_bytes
 from kv_agent.storage.tier_stack import TierStack, memory_tiers
-from kv_agent.storage.tiers import DiskTier, TierWatcher
+from kv_agent.storage.tiers import DiskTier, StoredChunk, TierWatcher
 from kv_agent.storage.turn_writes import AddResult, UnknownChunkError
 
 logger = logging.getLogger(__name__)
@@ -184,9 +184,9 @@ class LocalStore:
         """
         return self._tiers.load(record)
 
-    def note_use(self, record: ChunkRecord) -> None:
+    def note_use(self, chunk: StoredChunk) -> None:
         """Somebody uses a chunk that was in memory without :meth:`load`: count that all the same."""
-        self._tiers.note_use(record)
+        self._tiers.note_use(chunk)
 
     def watch_memory(self, watcher: TierWatcher) -> None:
         """Tell ``watcher`` which chunks come into memory as tensors from now on, and go again."""

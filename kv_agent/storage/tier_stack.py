@@ -31,6 +31,7 @@ from kv_agent.storage.tiers import (
     MemoryTier,
     OnDevice,
     OnHost,
+    StoredChunk,
     Tier,
     TierWatcher,
 )
@@ -119,11 +120,11 @@ class TierStack:
             tier_idx, kv_L2THD = self._found(record) or (len(self._memory), self._disk.get(record))
             return self._moved_up(move, record, tier_idx, kv_L2THD) if moves_up else kv_L2THD
 
-    def note_use(self, record: ChunkRecord) -> None:
+    def note_use(self, chunk: StoredChunk) -> None:
         """A look-up of a chunk that somebody has in hand: it counts where a tier in memory has a copy."""
-        with self._look_up(record) as (move, moves_up):
-            if (found := self._found(record)) is not None and moves_up:
-                self._moved_up(move, record, *found)
+        with self._look_up(chunk) as (move, moves_up):
+            if (found := self._found(chunk)) is not None and moves_up:
+                self._moved_up(move, chunk, *found)
 
     def watch(self, watcher: TierWatcher) -> None:
         """Tell ``watcher`` which chunks are in memory as they are, of all that come from now on."""
@@ -164,39 +165,39 @@ class TierStack:
         """Wait for the copy that moves down now; others on their way are dropped. Twice is harmless."""
         self._background.shutdown(cancel_futures=True)
 
-    def _chunk(self, record: ChunkRecord, kv_L2THD: Tensor, num_hits: int) -> _Chunk:
+    def _chunk(self, stored: StoredChunk, kv_L2THD: Tensor, num_hits: int) -> _Chunk:
         now = self._clock()
         usage = Usage(
             num_bytes=kv_L2THD.nbytes,
-            num_tokens=record.num_tokens,
+            num_tokens=stored.num_tokens,
             created=now,
             last_used=now,
             num_hits=num_hits,
         )
-        return _Chunk(key=record.key, checksum=record.checksum, kv_L2THD=kv_L2THD, usage=usage)
+        return _Chunk(key=stored.key, checksum=stored.checksum, kv_L2THD=kv_L2THD, usage=usage)
 
     @contextmanager
-    def _look_up(self, record: ChunkRecord) -> Iterator[tuple[_Move, bool]]:
+    def _look_up(self, chunk: StoredChunk) -> Iterator[tuple[_Move, bool]]:
         """A move that may be made of it, and whether it is asked for often enough to be made."""
         with self._lock:
-            moves_up = self._accesses.note(record.key)
-        with self._moving(record.key) as move:
+            moves_up = self._accesses.note(chunk.key)
+        with self._moving(chunk.key) as move:
             yield move, moves_up
 
-    def _moved_up(self, move: _Move, record: ChunkRecord, tier_idx: int, kv_L2THD: Tensor) -> Tensor:
+    def _moved_up(self, move: _Move, stored: StoredChunk, tier_idx: int, kv_L2THD: Tensor) -> Tensor:
         """What that tier gave, put into a faster one if there is one."""
-        chunk = self._chunk(record, kv_L2THD, num_hits=1)
+        chunk = self._chunk(stored, kv_L2THD, num_hits=1)
         return self._place(move, chunk, range(tier_idx), is_promotion=True)
 
-    def _found(self, record: ChunkRecord) -> tuple[int, Tensor] | None:
+    def _found(self, chunk: StoredChunk) -> tuple[int, Tensor] | None:
         """The chunk, and the index of the tier in memory that gave it."""
         for tier_idx, tier in enumerate(self._memory):
             try:
-                kv_L2THD = tier.get(record)
+                kv_L2THD = tier.get(chunk)
             except CorruptChunkError as err:  # bad memory, which says nothing about the disk
-                about = {"event": "chunk_damaged", "tier": tier.name, "chunk": record.key[:8]}
-                logger.warning("tier %s loses chunk %s: %s", tier.name, record.key[:8], err, extra=about)
-                self.discard(record.key)
+                about = {"event": "chunk_damaged", "tier": tier.name, "chunk": chunk.key[:8]}
+                logger.warning("tier %s loses chunk %s: %s", tier.name, chunk.key[:8], err, extra=about)
+                self.discard(chunk.key)
                 continue
             if kv_L2THD is not None:
                 return tier_idx, kv_L2THD

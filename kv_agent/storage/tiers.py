@@ -22,6 +22,17 @@ from kv_agent.storage.ranking import Ranking
 _LOSSLESS = Codec(name="raw+zstd")
 
 
+class StoredChunk(Protocol):
+    """What tells a chunk's bytes from all others, whatever tier they are in."""
+
+    @property
+    def key(self) -> ChunkKey: ...
+    @property
+    def checksum(self) -> str: ...
+    @property
+    def num_tokens(self) -> int: ...
+
+
 class Tier(Protocol):
     """One place that chunks are had from. Thread-safe."""
 
@@ -171,14 +182,14 @@ class MemoryTier:
         with self._lock:
             self._watcher = None if self._form.shrinks else watcher
 
-    def get(self, record: ChunkRecord) -> Tensor | None:
+    def get(self, chunk: StoredChunk) -> Tensor | None:
         with self._lock:
-            held = self._held.get(record.key)
-            if held is None or held.checksum != record.checksum:
+            held = self._held.get(chunk.key)
+            if held is None or held.checksum != chunk.checksum:
                 return None
             usage = replace(held.usage, last_used=self._clock(), num_hits=held.usage.num_hits + 1)
-            self._held[record.key] = replace(held, usage=usage)
-            self._ranking.put(record.key, self._policy.rank(usage))
+            self._held[chunk.key] = replace(held, usage=usage)
+            self._ranking.put(chunk.key, self._policy.rank(usage))
             self._hits += 1
         return self._form.give(held.payload)
 

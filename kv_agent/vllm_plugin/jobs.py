@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from kv_agent.chunks import ChunkKey, ChunkRecord, ContentKey, Fingerprint, Scope, TurnId
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChunkLoad:
-    """Write chunk tokens ``[skip, T)`` to positions from ``start`` on, keys rotated by ``delta``."""
+class ChunkLoad(NamedTuple):
+    """Write chunk tokens ``[skip, num_tokens)`` to positions from ``start`` on, keys rotated by ``delta``.
 
-    record: ChunkRecord
+    A tuple, for there may be hundreds in a step, and a model waits while they are sent.
+    """
+
+    key: ChunkKey
+    checksum: str
+    num_tokens: int
     skip: int
     start: int
     delta: int
 
     @property
     def end(self) -> int:
-        return self.start + self.record.num_tokens - self.skip
+        return self.start + self.num_tokens - self.skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,11 +32,13 @@ class LoadJob:
     """Fill a request's blocks with these chunks, in order of position.
 
     It waits for that, unless ``at_once``: then this step computes on them, which all are in memory.
+    ``records`` tell where others are read.
     """
 
     request_id: str
     block_ids: tuple[int, ...]
     chunks: tuple[ChunkLoad, ...]
+    records: Mapping[ChunkKey, ChunkRecord] = field(default_factory=dict)
     at_once: bool = False
 
     @property

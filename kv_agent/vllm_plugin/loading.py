@@ -193,7 +193,7 @@ class Loader:
         work.help()
         for job in jobs:
             for chunk in job.chunks:
-                self._store.note_use(chunk.record)
+                self._store.note_use(chunk)
 
     def _works_of(self, job: LoadJob) -> list[LayerWork]:
         pieces = [self._resident_piece(chunk) for chunk in job.chunks]
@@ -203,7 +203,7 @@ class Loader:
         return []
 
     def _resident_piece(self, chunk: ChunkLoad) -> Piece:
-        kv_L2THD = self._residents.get(chunk.record.key, chunk.record.checksum)
+        kv_L2THD = self._residents.get(chunk.key, chunk.checksum)
         return Piece(kv_L2THD=self._fitting(chunk, kv_L2THD), start=chunk.start, delta=chunk.delta)
 
     # -- in the background ---------------------------------------------------------------------------
@@ -220,10 +220,11 @@ class Loader:
 
     def _fetch(self, loading: _Loading, number: int) -> _Fetched:
         chunk = loading.job.chunks[number]
+        record = loading.job.records[chunk.key]
         try:
-            kv_L2THD = self._fitting(chunk, self._store.load(chunk.record))
+            kv_L2THD = self._fitting(chunk, self._store.load(record))
         except StorageError as err:
-            return self._failure(chunk, err)
+            return self._failure(record, chunk.start, err)
         if loading.prepare is None:
             return kv_L2THD
         began = time.perf_counter()
@@ -237,21 +238,21 @@ class Loader:
 
     def _fitting(self, chunk: ChunkLoad, kv_L2THD: Tensor) -> Tensor:
         if not self._cache.fits(kv_L2THD):  # the checksum does not cover a blob's header
-            raise CorruptChunkError(f"chunk {chunk.record.key} does not have the shape of this model's KV")
+            raise CorruptChunkError(f"chunk {chunk.key} does not have the shape of this model's KV")
         return kv_L2THD[:, :, chunk.skip :] if chunk.skip else kv_L2THD
 
-    def _failure(self, chunk: ChunkLoad, err: StorageError) -> LoadFailure:
-        key = chunk.record.key
+    def _failure(self, record: ChunkRecord, start: int, err: StorageError) -> LoadFailure:
+        key = record.key
         if isinstance(err, MissingBlobError | CorruptChunkError):
             reason = "blob is missing" if isinstance(err, MissingBlobError) else "blob is corrupt"
-            self._quarantine(chunk.record, reason)
+            self._quarantine(record, reason)
             outcome = "is computed again and quarantined"
         else:
             reason = "blob could not be read"
             outcome = "is computed again"
         about = {"event": "load_failed", "chunk": key[:8], "reason": reason}
         logger.warning("chunk %s %s: %s", key[:8], outcome, err, extra=about)
-        return LoadFailure(key=key, start=chunk.start, reason=reason)
+        return LoadFailure(key=key, start=start, reason=reason)
 
     def _quarantine(self, record: ChunkRecord, reason: str) -> None:
         try:
@@ -305,4 +306,4 @@ class Loader:
 
 def _not_loaded(job: LoadJob) -> LoadFailure:
     first = job.chunks[0]
-    return LoadFailure(key=first.record.key, start=first.start, reason="chunk could not be loaded")
+    return LoadFailure(key=first.key, start=first.start, reason="chunk could not be loaded")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -104,7 +104,9 @@ class CheckedPlan:
         """What to load so that tokens ``[start, end)`` are in the cache."""
         return tuple(
             ChunkLoad(
-                record=chunk.record,
+                key=chunk.record.key,
+                checksum=chunk.record.checksum,
+                num_tokens=chunk.record.num_tokens,
                 skip=chunk.skip + max(0, start - chunk.start),
                 start=max(start, chunk.start),
                 delta=chunk.start - chunk.skip - chunk.record.start,
@@ -112,6 +114,11 @@ class CheckedPlan:
             for chunk in self.placed
             if max(chunk.start, start) < min(chunk.end, end)
         )
+
+    def records(self, loads: Iterable[ChunkLoad]) -> dict[ChunkKey, ChunkRecord]:
+        """Of what is to be loaded, by key."""
+        records = {chunk.record.key: chunk.record for chunk in self.placed}
+        return {load.key: records[load.key] for load in loads}
 
     def moves(self, end: int) -> Moves:
         """The adapted chunks among tokens ``[0, end)``."""

@@ -137,10 +137,12 @@ class SchedulerSide:
         state.cached_end = end = state.local + num_external
         state.trusted = self._agrees(state)
         if num_external:
+            loads = state.plan.loads(state.local, end)
             job = LoadJob(
                 request_id=request_id,
                 block_ids=tuple(block_ids),
-                chunks=state.plan.loads(state.local, end),
+                chunks=loads,
+                records={} if state.at_once else state.plan.records(loads),
                 at_once=state.at_once,
             )
             self._jobs.loads.append(job)
@@ -237,8 +239,7 @@ class SchedulerSide:
     def _can_load_at_once(self, state: RequestState, start: int, end: int) -> bool:
         """Whether all of it is in memory, so that the step which computes the rest can begin."""
         loads = state.plan.loads(start, end)
-        there = (self._residents.get(load.record.key) == load.record.checksum for load in loads)
-        return all(there)
+        return all(self._residents.get(load.key) == load.checksum for load in loads)
 
     def _note_residents(self, changes: ResidentChanges) -> None:
         self._heard = changes.number

@@ -267,7 +267,19 @@ def load_job(
     for one in records:
         missing = skip if not loads else 0
         loads.append(
-            ChunkLoad(record=one, skip=missing, start=position + missing, delta=position - one.start)
+            ChunkLoad(
+                key=one.key,
+                checksum=one.checksum,
+                num_tokens=one.num_tokens,
+                skip=missing,
+                start=position + missing,
+                delta=position - one.start,
+            )
         )
         position += one.num_tokens
-    return LoadJob(request_id="loading", block_ids=tuple(blocks), chunks=tuple(loads))
+    return LoadJob(
+        request_id="loading",
+        block_ids=tuple(blocks),
+        chunks=tuple(loads),
+        records={one.key: one for one in records},
+    )

@@ -178,10 +178,8 @@ class Desk:
             self.side.allocated(one.request_id, list(blocks), count)
             (job,) = self.side.take_jobs().loads
             jobs.append(job)
-            failed = next((load for load in job.chunks if load.record.key in failing), None)
-            failure = failed and LoadFailure(
-                key=failed.record.key, start=failed.start, reason="blob is missing"
-            )
+            failed = next((load for load in job.chunks if load.key in failing), None)
+            failure = failed and LoadFailure(key=failed.key, start=failed.start, reason="blob is missing")
             self.side.report(WorkerReport(loaded={one.request_id: failure}))
             if failure is None:
                 return jobs, local + count

@@ -129,7 +129,7 @@ def loaded(bench: Bench, counted: Bytes, job: LoadJob) -> dict[str, list[int]]:
     counted.forget()
     bench.received.clear()
     assert bench.load(job) is None
-    num_bytes = sum(load.record.num_bytes for load in job.chunks)
+    num_bytes = sum(record.num_bytes for record in job.records.values())
     assert bench.worker.counters()["moved_bytes|load"] - moved == num_bytes
     return {what: counted.of(what) for what in ("read", "hash", "rotate", "scatter")}
 

@@ -85,12 +85,17 @@ def test_loads_cover_each_reached_token_once_with_that_token_s_kv(
     assert plan.reach(local) == end
     for upto in {chunk.end for chunk in plan.placed if local < chunk.end <= end} | {end}:
         loaded: dict[int, tuple[int, int]] = {}
-        for load in plan.loads(local, upto):
-            assert load.skip < load.record.num_tokens
-            for index in range(load.skip, load.record.num_tokens):
+        loads = plan.loads(local, upto)
+        records = plan.records(loads)
+        assert records.keys() == {load.key for load in loads}
+        for load in loads:
+            one = records[load.key]
+            assert (load.checksum, load.num_tokens) == (one.checksum, one.num_tokens)
+            assert load.skip < load.num_tokens
+            for index in range(load.skip, load.num_tokens):
                 position = load.start + index - load.skip
                 assert position not in loaded
-                loaded[position] = (load.record.token_ids[index], load.record.start + index + load.delta)
+                loaded[position] = (one.token_ids[index], one.start + index + load.delta)
         assert loaded == {position: (prompt[position], position) for position in range(local, upto)}
 
 

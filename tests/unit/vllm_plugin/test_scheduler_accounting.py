@@ -62,7 +62,7 @@ def test_every_prompt_token_is_counted_once(
     exact, adapted, _, computed = served.counts
     assert computed == len(prompt) - served.cached_end
     loaded = [
-        (position, load.record.start != position - index)
+        (position, job.records[load.key].start != position - index)
         for job in served.loads[-1:]
         for load in job.chunks
         for index, position in enumerate(range(load.start, load.end), start=load.skip)

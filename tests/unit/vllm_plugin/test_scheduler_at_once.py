@@ -59,7 +59,8 @@ def test_what_is_in_memory_is_put_back_at_once_and_counted_as_ever(
     assert jobs.heard == 7
     (job,) = jobs.loads
     assert job.at_once
-    assert [load.record for load in job.chunks] == records
+    assert [(load.key, load.checksum) for load in job.chunks] == [(one.key, one.checksum) for one in records]
+    assert job.records == {}  # nothing of it is read
     _, answer, _ = desk.finish(one, [70])
     assert [answer[name] for name in ("exact", "adapted", "local", "computed")] == [18, 0, 0, 3]
 

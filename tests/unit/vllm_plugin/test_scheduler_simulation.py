@@ -181,7 +181,7 @@ class Engine:
                 return kv
             (job,) = self.desk.side.take_jobs().loads
             if job.at_once:  # nothing goes wrong with those, and the blocks are vLLM's to share from now on
-                assert all(self.residents.get(load.record.key) == "" for load in job.chunks)
+                assert all(self.residents.get(load.key) == "" for load in job.chunks)
                 for load in job.chunks:
                     self._put(kv, load)
                 assert len(kv) < len(tokens)
@@ -196,7 +196,7 @@ class Engine:
             failure: LoadFailure | None = None
             for load in job.chunks:
                 if self.rng.random() < 0.2:
-                    failure = LoadFailure(key=load.record.key, start=load.start, reason="unreadable")
+                    failure = LoadFailure(key=load.key, start=load.start, reason="unreadable")
                     break
                 self._put(kv, load)
             self.desk.side.report(WorkerReport(loaded={one.request_id: failure}))
@@ -211,7 +211,8 @@ class Engine:
                 return kv
 
     def _put(self, kv: list[Kv], load: ChunkLoad) -> None:
-        moved = [(h, position + load.delta) for h, position in self._as_stored(load.record)]
+        record = self.desk.catalog.records[load.key]
+        moved = [(h, position + load.delta) for h, position in self._as_stored(record)]
         assert load.start == len(kv)
         kv += moved[load.skip :]
 

@@ -22,7 +22,7 @@ def bench(benches: Callable[..., Bench]) -> Bench:
 
 
 def at_once(records: list[ChunkRecord], at: int = 0) -> LoadJob:
-    return replace(load_job(records, at=at), at_once=True)
+    return replace(load_job(records, at=at), records={}, at_once=True)
 
 
 def ran(bench: Bench, job: LoadJob, by_layers: bool = True) -> list[Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from kv_agent.chunks import ChunkRecord, TurnId
 from kv_agent.errors import StorageError
 from kv_agent.vllm_plugin import loading
-from kv_agent.vllm_plugin.jobs import LoadFailure, LoadJob
+from kv_agent.vllm_plugin.jobs import LoadFailure
 from tests.unit.storage.builders import same_bits
 from tests.unit.vllm_plugin.bench import WAIT_S, Bench, capture_job, load_job, slots
 from tests.unit.vllm_plugin.builders import ROOT
@@ -164,7 +165,7 @@ def test_a_load_that_takes_too_long_is_given_up_and_never_written(
     bench.store.may_load.set()
     monkeypatch.setattr(loading, "LOAD_TIMEOUT_S", WAIT_S)
     bench.received.clear()
-    other = LoadJob(request_id="other", block_ids=(2, 6, 7, 8), chunks=load_job(three).chunks)
+    other = replace(load_job(three), request_id="other", block_ids=(2, 6, 7, 8))
     assert bench.load(other) is None  # the readers are free again, so the late result is there, too
     bench.step()
     assert bench.received == {"other"}
