@@ -184,9 +184,9 @@ class LocalStore:
         """
         return self._tiers.load(record)
 
-    def note_use(self, chunk: StoredChunk) -> None:
-        """Somebody uses a chunk that was in memory without :meth:`load`: count that all the same."""
-        self._tiers.note_use(chunk)
+    def note_uses(self, chunks: Sequence[StoredChunk]) -> None:
+        """Somebody uses chunks that were in memory without :meth:`load`: count that all the same."""
+        self._tiers.note_uses(chunks)
 
     def watch_memory(self, watcher: TierWatcher) -> None:
         """Tell ``watcher`` which chunks come into memory as tensors from now on, and go again."""

@@ -120,11 +120,18 @@ class TierStack:
             tier_idx, kv_L2THD = self._found(record) or (len(self._memory), self._disk.get(record))
             return self._moved_up(move, record, tier_idx, kv_L2THD) if moves_up else kv_L2THD
 
-    def note_use(self, chunk: StoredChunk) -> None:
-        """A look-up of a chunk that somebody has in hand: it counts where a tier in memory has a copy."""
-        with self._look_up(chunk) as (move, moves_up):
-            if (found := self._found(chunk)) is not None and moves_up:
-                self._moved_up(move, chunk, *found)
+    def note_uses(self, chunks: Sequence[StoredChunk]) -> None:
+        """Look-ups of chunks that somebody has in hand: they count where a tier in memory has a copy."""
+        elsewhere = self._memory[0].note_uses(chunks) if self._memory else []
+        missed = {chunk.key for chunk in elsewhere}
+        with self._lock:
+            for chunk in chunks:
+                if chunk.key not in missed:  # it is as far up as it can be
+                    self._accesses.note(chunk.key)
+        for chunk in elsewhere:
+            with self._look_up(chunk) as (move, moves_up):
+                if (found := self._found(chunk)) is not None and moves_up:
+                    self._moved_up(move, chunk, *found)
 
     def watch(self, watcher: TierWatcher) -> None:
         """Tell ``watcher`` which chunks are in memory as they are, of all that come from now on."""

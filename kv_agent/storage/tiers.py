@@ -7,7 +7,7 @@ What is pushed out of one is therefore never lost.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
@@ -184,14 +184,13 @@ class MemoryTier:
 
     def get(self, chunk: StoredChunk) -> Tensor | None:
         with self._lock:
-            held = self._held.get(chunk.key)
-            if held is None or held.checksum != chunk.checksum:
-                return None
-            usage = replace(held.usage, last_used=self._clock(), num_hits=held.usage.num_hits + 1)
-            self._held[chunk.key] = replace(held, usage=usage)
-            self._ranking.put(chunk.key, self._policy.rank(usage))
-            self._hits += 1
-        return self._form.give(held.payload)
+            held = self._used(chunk)
+        return None if held is None else self._form.give(held.payload)
+
+    def note_uses(self, chunks: Iterable[StoredChunk]) -> list[StoredChunk]:
+        """Count look-ups of chunks that somebody has in hand -> those that are not here."""
+        with self._lock:
+            return [chunk for chunk in chunks if self._used(chunk) is None]
 
     def hold(self, kv_L2THD: Tensor) -> Payload | None:
         """The KV in this tier's form, not yet in it; ``None`` if there is no room, whatever goes."""
@@ -245,6 +244,16 @@ class MemoryTier:
                 "promotions": self._promotions,
                 "demotions": self._demotions,
             }
+
+    def _used(self, chunk: StoredChunk) -> Held | None:
+        held = self._held.get(chunk.key)
+        if held is None or held.checksum != chunk.checksum:
+            return None
+        usage = replace(held.usage, last_used=self._clock(), num_hits=held.usage.num_hits + 1)
+        self._held[chunk.key] = replace(held, usage=usage)
+        self._ranking.put(chunk.key, self._policy.rank(usage))
+        self._hits += 1
+        return held
 
     def _take(self, key: ChunkKey) -> Held | None:
         held = self._held.pop(key, None)

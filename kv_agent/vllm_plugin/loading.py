@@ -192,8 +192,7 @@ class Loader:
     def _help(self, work: LayerByLayer, jobs: Sequence[LoadJob]) -> None:
         work.help()
         for job in jobs:
-            for chunk in job.chunks:
-                self._store.note_use(chunk)
+            self._store.note_uses(job.chunks)
 
     def _works_of(self, job: LoadJob) -> list[LayerWork]:
         pieces = [self._resident_piece(chunk) for chunk in job.chunks]

@@ -81,6 +81,15 @@ class PlainTiers:
         if climbs:
             self._place(chunk, usage, range(here), is_promotion=True)
 
+    def note_uses(self, chunks: Sequence[NewChunk], now: float) -> None:
+        """Those that are as far up as they can be come first."""
+        up = [chunk for chunk in chunks if chunk.key in self.rooms[0].copies]
+        for chunk in (*up, *(one for one in chunks if one not in up)):
+            if any(chunk.key in room.copies for room in self.rooms):
+                self.load(chunk, now)
+            else:
+                self.asked.append(chunk.key)
+
     def put(self, chunk: NewChunk, now: float) -> None:
         self._place(chunk, self._usage(chunk, now, 0), range(1, len(self.rooms)), is_promotion=False)
 

@@ -55,10 +55,14 @@ def test_tiers_do_what_brute_force_does(policy_name: str, promote_after: int, se
     for _ in range(400):
         clock.now += rng.choice([0, 1, 1, 50_000])
         chunk = chunks[min(rng.randrange(14), rng.randrange(14))]
-        match rng.choice(["load", "load", "load", "put", "discard"]):
+        match rng.choice(["load", "load", "load", "use", "put", "discard"]):
             case "load":
                 assert same_bits(stack.load(record_of(chunk)), kv_of(chunk))
                 model.load(chunk, clock.now)
+            case "use":
+                used = rng.sample(chunks, rng.randrange(1, 5))
+                stack.note_uses([record_of(one) for one in used])
+                model.note_uses(used, clock.now)
             case "put":
                 stack.put(record_of(chunk), kv_of(chunk))
                 model.put(chunk, clock.now)
