@@ -31,8 +31,8 @@ class ChunkLoad(NamedTuple):
 class LoadJob:
     """Fill a request's blocks with these chunks, in order of position.
 
-    It waits for that, unless ``at_once``: then this step computes on them, which all are in memory.
-    ``records`` tell where others are read.
+    It waits while they are read from where their ``records`` say, unless ``at_once``: then all are in memory,
+    and this step computes on them.
     """
 
     request_id: str
