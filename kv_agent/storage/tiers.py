@@ -23,7 +23,7 @@ _LOSSLESS = Codec(name="raw+zstd")
 
 
 class StoredChunk(Protocol):
-    """What tells a chunk's bytes from all others, whatever tier they are in."""
+    """What a tier in memory has to know of a chunk that is looked up in it."""
 
     @property
     def key(self) -> ChunkKey: ...
@@ -184,13 +184,13 @@ class MemoryTier:
 
     def get(self, chunk: StoredChunk) -> Tensor | None:
         with self._lock:
-            held = self._used(chunk)
+            held = self._note_use(chunk)
         return None if held is None else self._form.give(held.payload)
 
     def note_uses(self, chunks: Iterable[StoredChunk]) -> list[StoredChunk]:
         """Count look-ups of chunks that somebody has in hand -> those that are not here."""
         with self._lock:
-            return [chunk for chunk in chunks if self._used(chunk) is None]
+            return [chunk for chunk in chunks if self._note_use(chunk) is None]
 
     def hold(self, kv_L2THD: Tensor) -> Payload | None:
         """The KV in this tier's form, not yet in it; ``None`` if there is no room, whatever goes."""
@@ -245,7 +245,7 @@ class MemoryTier:
                 "demotions": self._demotions,
             }
 
-    def _used(self, chunk: StoredChunk) -> Held | None:
+    def _note_use(self, chunk: StoredChunk) -> Held | None:
         held = self._held.get(chunk.key)
         if held is None or held.checksum != chunk.checksum:
             return None

@@ -116,9 +116,9 @@ class CheckedPlan:
         )
 
     def records(self, loads: Iterable[ChunkLoad]) -> dict[ChunkKey, ChunkRecord]:
-        """Of what is to be loaded, by key."""
-        records = {chunk.record.key: chunk.record for chunk in self.placed}
-        return {load.key: records[load.key] for load in loads}
+        """The records of what is to be loaded, by key."""
+        keys = {load.key for load in loads}
+        return {chunk.record.key: chunk.record for chunk in self.placed if chunk.record.key in keys}
 
     def moves(self, end: int) -> Moves:
         """The adapted chunks among tokens ``[0, end)``."""
