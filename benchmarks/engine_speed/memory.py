@@ -102,7 +102,7 @@ def _lived(model: Path, root: Path | None, budgets: Budgets | None, num_turns: i
                     raise RuntimeError(f"turn {number} was not put back: {answer.fields['refused']}")
             time.sleep(1.1)  # gauges are looked at once a second
             engine.ask([1, 2])
-            chunks = [(record, store.load(record)) for record in found[0]]
+            chunks = [(record, store.load(record).kv_L2THD) for record in found[0]]
         return Life(peak_bytes=_peak_bytes(started), tier_bytes=_tier_bytes(), chunks=chunks)
 
 

@@ -34,7 +34,7 @@ from kv_agent.storage.policy import Policy, policy_named
 from kv_agent.storage.ranking import AccessWindow
 from kv_agent.storage.retention import Retention, default_disk_bytes
 from kv_agent.storage.tier_stack import TierStack, memory_tiers
-from kv_agent.storage.tiers import DiskTier, StoredChunk, TierWatcher
+from kv_agent.storage.tiers import DiskTier, Moved, StoredChunk, TierWatcher
 from kv_agent.storage.turn_writes import AddResult, UnknownChunkError
 
 logger = logging.getLogger(__name__)
@@ -175,14 +175,14 @@ class LocalStore:
         """
         self._catalog.ledger.set_retention(namespace, retention)
 
-    def load(self, record: ChunkRecord) -> Tensor:
-        """The chunk's tensor, verified; shared with the tiers, so never modify it.
+    def load(self, record: ChunkRecord, delta: int = 0) -> Moved:
+        """The chunk for a place ``delta`` above its own, verified; shared with tiers, so never modify it.
 
-        It is on the store's ``device`` if the tier there has it, else on the CPU. Raises
-        :class:`MissingBlobError` or :class:`CorruptChunkError` when the bytes are lost, and a plain
-        :class:`StorageError` when they may be fine.
+        Keys in fewer bits that no tier keeps stand there already. It is on the store's ``device`` if the tier
+        there has it, else on the CPU. Raises :class:`MissingBlobError` or :class:`CorruptChunkError` when the
+        bytes are lost, and a plain :class:`StorageError` when they may be fine.
         """
-        return self._tiers.load(record)
+        return self._tiers.load(record, delta)
 
     def note_uses(self, chunks: Sequence[StoredChunk]) -> None:
         """Somebody uses chunks that were in memory without :meth:`load`: count that all the same."""
@@ -366,8 +366,9 @@ class LocalStore:
     def _payload(self, chunk: NewChunk) -> Payload:
         return self.codec.encode(chunk.kv, chunk.start) if isinstance(chunk.kv, Tensor) else chunk.kv
 
-    def _read(self, record: ChunkRecord) -> Tensor:
-        return self.codec.decode(self.stored(record), record.start)
+    def _read(self, record: ChunkRecord, delta: int) -> Moved:
+        turned = 0 if record.is_lossless else delta  # decoding other keys turns them to any place
+        return Moved(self.codec.decode(self.stored(record), record.start + turned), delta - turned)
 
 
 def _key_of(chunk: NewChunk | ChunkKey) -> ChunkKey:

@@ -29,6 +29,7 @@ from kv_agent.storage.tiers import (
     Form,
     Held,
     MemoryTier,
+    Moved,
     OnDevice,
     OnHost,
     StoredChunk,
@@ -111,14 +112,19 @@ class TierStack:
         self._moves: dict[ChunkKey, set[_Move]] = {}
         self._lock = threading.Lock()
 
-    def load(self, record: ChunkRecord) -> Tensor:
+    def load(self, record: ChunkRecord, delta: int = 0) -> Moved:
         """The chunk from the fastest tier that has it or, by this look-up, gets it; never modify it.
 
-        Raises what the disk raises.
+        What is read for this look-up alone is moved by ``delta`` where that takes no pass of its own; a tier
+        keeps chunks where they were computed. Raises what the disk raises.
         """
         with self._look_up(record) as (move, moves_up):
-            tier_idx, kv_L2THD = self._found(record) or (len(self._memory), self._disk.get(record))
-            return self._moved_up(move, record, tier_idx, kv_L2THD) if moves_up else kv_L2THD
+            moves_up = moves_up and bool(self._memory)
+            if (found := self._found(record)) is None:
+                if not moves_up:
+                    return self._disk.get(record, delta)
+                found = len(self._memory), self._disk.get(record, 0).kv_L2THD
+            return Moved(self._moved_up(move, record, *found) if moves_up else found[1], delta)
 
     def note_uses(self, chunks: Sequence[StoredChunk]) -> None:
         """Look-ups of chunks that somebody has in hand: they count where a tier in memory has a copy."""

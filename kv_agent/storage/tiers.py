@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -33,14 +33,18 @@ class StoredChunk(Protocol):
     def num_tokens(self) -> int: ...
 
 
+class Moved(NamedTuple):
+    """A chunk on its way to another place: its keys are still to be moved by ``delta`` positions."""
+
+    kv_L2THD: Tensor
+    delta: int
+
+
 class Tier(Protocol):
     """One place that chunks are had from. Thread-safe."""
 
     @property
     def name(self) -> str: ...
-
-    def get(self, record: ChunkRecord) -> Tensor | None:
-        """The chunk as it was stored, never to be modified, or ``None`` if it is not here."""
 
     def counts(self) -> dict[str, int]:
         """``bytes`` and ``chunks`` that are here, the ``limit`` in bytes, ``hits`` so far and, in memory,
@@ -49,24 +53,24 @@ class Tier(Protocol):
 
 
 class DiskTier:
-    """The blobs: ``read`` gives a chunk or raises, ``counts`` tells what is on disk."""
+    """The blobs: ``read`` gives a chunk, moved or not, or raises; ``counts`` tells what is on disk."""
 
     name = "disk"
 
     def __init__(
-        self, read: Callable[[ChunkRecord], Tensor], counts: Callable[[], Mapping[str, int]]
+        self, read: Callable[[ChunkRecord, int], Moved], counts: Callable[[], Mapping[str, int]]
     ) -> None:
         self._read = read
         self._counts = counts
         self._hits = 0
         self._lock = threading.Lock()
 
-    def get(self, record: ChunkRecord) -> Tensor:
-        """See :meth:`kv_agent.storage.store.LocalStore.load` for what it raises."""
-        kv_L2THD = self._read(record)
+    def get(self, record: ChunkRecord, delta: int) -> Moved:
+        """See :meth:`kv_agent.storage.store.LocalStore.load`."""
+        moved = self._read(record, delta)
         with self._lock:
             self._hits += 1
-        return kv_L2THD
+        return moved
 
     def counts(self) -> dict[str, int]:
         return {**self._counts(), "hits": self._hits}
@@ -183,6 +187,7 @@ class MemoryTier:
             self._watcher = None if self._form.shrinks else watcher
 
     def get(self, chunk: StoredChunk) -> Tensor | None:
+        """The chunk as it was stored, never to be modified, or ``None`` if it is not here."""
         with self._lock:
             held = self._note_use(chunk)
         return None if held is None else self._form.give(held.payload)

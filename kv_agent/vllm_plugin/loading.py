@@ -10,14 +10,13 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
 
-from torch import Tensor
-
 from kv_agent.chunks import ChunkRecord
 from kv_agent.errors import CorruptChunkError, StorageError
 from kv_agent.kv.rope import RotaryScheme, prepare_rotation
 from kv_agent.machine import work_aside
 from kv_agent.storage.blobs import MissingBlobError
 from kv_agent.storage.store import LocalStore
+from kv_agent.storage.tiers import Moved
 from kv_agent.vllm_plugin.direct import Prepare
 from kv_agent.vllm_plugin.guard import attempt
 from kv_agent.vllm_plugin.jobs import ChunkLoad, LoadFailure, LoadJob
@@ -38,7 +37,7 @@ IDLE_WAIT_S = 0.005
 _NOT_PREPARED = "a kernel is made where it is needed, or torch does its work"
 
 # What became of a chunk: in the cache already (none left), to be put there, or lost.
-_Fetched = Tensor | LoadFailure | None
+_Fetched = Piece | LoadFailure | None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -202,8 +201,7 @@ class Loader:
         return []
 
     def _resident_piece(self, chunk: ChunkLoad) -> Piece:
-        kv_L2THD = self._residents.get(chunk.key, chunk.checksum)
-        return Piece(kv_L2THD=self._fitting(chunk, kv_L2THD), start=chunk.start, delta=chunk.delta)
+        return self._piece(chunk, Moved(self._residents.get(chunk.key, chunk.checksum), chunk.delta))
 
     # -- in the background ---------------------------------------------------------------------------
 
@@ -221,24 +219,25 @@ class Loader:
         chunk = loading.job.chunks[number]
         record = loading.job.records[chunk.key]
         try:
-            kv_L2THD = self._fitting(chunk, self._store.load(record))
+            piece = self._piece(chunk, self._store.load(record, chunk.delta))
         except StorageError as err:
             return self._failure(record, chunk.start, err)
         if loading.prepare is None:
-            return kv_L2THD
+            return piece
         began = time.perf_counter()
         with loading.locks[number]:
             if loading.is_given_up:  # its blocks may be somebody else's by now
                 return None
-            piece = Piece(kv_L2THD=kv_L2THD, start=chunk.start, delta=chunk.delta)
             loading.prepare([piece])(0, self._cache.num_layers)
-        self._note_moved(kv_L2THD.nbytes, began)
+        self._note_moved(piece.kv_L2THD.nbytes, began)
         return None
 
-    def _fitting(self, chunk: ChunkLoad, kv_L2THD: Tensor) -> Tensor:
+    def _piece(self, chunk: ChunkLoad, moved: Moved) -> Piece:
+        kv_L2THD, delta = moved
         if not self._cache.fits(kv_L2THD):  # the checksum does not cover a blob's header
             raise CorruptChunkError(f"chunk {chunk.key} does not have the shape of this model's KV")
-        return kv_L2THD[:, :, chunk.skip :] if chunk.skip else kv_L2THD
+        used_L2THD = kv_L2THD[:, :, chunk.skip :] if chunk.skip else kv_L2THD
+        return Piece(kv_L2THD=used_L2THD, start=chunk.start, delta=delta)
 
     def _failure(self, record: ChunkRecord, start: int, err: StorageError) -> LoadFailure:
         key = record.key
@@ -276,13 +275,13 @@ class Loader:
         """Put what is not yet in the cache there, up to the first chunk that could not be read."""
         pieces: list[Piece] = []
         failure: LoadFailure | None = None
-        for chunk, read in zip(loading.job.chunks, loading.reads, strict=True):
+        for read in loading.reads:
             found = read.result()
             if isinstance(found, LoadFailure):
                 failure = found
                 break
             if found is not None:
-                pieces.append(Piece(kv_L2THD=found, start=chunk.start, delta=chunk.delta))
+                pieces.append(found)
         if pieces:
             began = time.perf_counter()
             self._staging.write(pieces, loading.job.block_ids)

@@ -18,7 +18,7 @@ def store_root(store: LocalStore) -> Path:
 
 def holds(store: LocalStore, chunks: list[NewChunk]) -> bool:
     records = store.catalog.chunks(chunk.key for chunk in chunks)
-    return all(same_bits(store.load(records[chunk.key]), chunk.kv) for chunk in chunks)
+    return all(same_bits(store.load(records[chunk.key]).kv_L2THD, chunk.kv) for chunk in chunks)
 
 
 def counts(store: LocalStore) -> set[int]:

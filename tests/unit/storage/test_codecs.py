@@ -8,6 +8,7 @@ import io
 import json
 import random
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -288,8 +289,8 @@ def test_a_store_keeps_chunks_by_the_codec_it_was_given_and_reads_all(
     expected = Codec(name=codec, scheme=SCHEME)
     for chunk in first:
         there_and_back = expected.decode(expected.encode(chunk.kv, chunk.start), chunk.start)
-        assert same_bits(store.load(records[chunk.key]), there_and_back)
-    assert same_bits(store.load(records[other[0].key]), other[0].kv)
+        assert same_bits(store.load(records[chunk.key]).kv_L2THD, there_and_back)
+    assert same_bits(store.load(records[other[0].key]).kv_L2THD, other[0].kv)
     assert store.check() == []
     assert store.stats()["bytes"] == sum(record.num_bytes for record in records.values())
     store.close()
@@ -297,6 +298,30 @@ def test_a_store_keeps_chunks_by_the_codec_it_was_given_and_reads_all(
     plain = LocalStore(tmp_path, host_bytes=0)  # as the commands open it: they check, and need no model
     assert plain.check() == []
     plain.close()
+
+
+@pytest.mark.parametrize("scheme", [SCHEME, NEOX], ids=["torch", "machine code"])
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("host_bytes", [0, 1 << 20])
+def test_keys_in_fewer_bits_are_decoded_to_their_new_place_where_no_tier_keeps_them(
+    tmp_path: Path, codec: CodecName, host_bytes: int, scheme: RotaryScheme
+) -> None:
+    chosen = Codec(name=codec, scheme=scheme)
+    chunks = numbers(5, 70, dtype=torch.bfloat16)
+    store = LocalStore(tmp_path, host_bytes=0, codec=chosen)
+    store.put_turn(turn_of(chunks), [], chunks)
+    store.close()
+
+    store = LocalStore(tmp_path, host_bytes, codec=chosen)
+    records = store.catalog.chunks([chunk.key for chunk in chunks])
+    for chunk, delta in product(chunks, (0, 1000, -9)):
+        record, payload = records[chunk.key], chosen.encode(chunk.kv, chunk.start)
+        found, still_to_move = store.load(record, delta)
+
+        is_moved = codec in LOSSY and not host_bytes
+        assert still_to_move == (0 if is_moved else delta)
+        assert same_bits(found, chosen.decode(payload, chunk.start + delta - still_to_move))
+    store.close()
 
 
 @pytest.mark.parametrize("codec", ["int4+zstd", "raw+zstd"])
@@ -313,6 +338,6 @@ def test_export_and_import_keep_the_bytes_as_they_are(tmp_path: Path, codec: Cod
     before, after = source.catalog.chunks(keys), target.catalog.chunks(keys)
     for key in keys:
         assert (after[key].codec, after[key].checksum) == (codec, before[key].checksum)
-        assert same_bits(target.load(after[key]), source.load(before[key]))
+        assert same_bits(target.load(after[key]).kv_L2THD, source.load(before[key]).kv_L2THD)
     source.close()
     target.close()

@@ -127,7 +127,7 @@ def test_a_chunk_from_disk_is_read_once_and_hashed_once_and_from_memory_not_at_a
     cold = LocalStore(tmp_path / "store", host_bytes=1 << 20)
     counted.forget()
     with statements.of() as ran:
-        from_disk = [cold.load(record) for record in records]
+        from_disk = [cold.load(record).kv_L2THD for record in records]
 
     header_bytes = counted.of("read")[1]
     each_chunk = [
@@ -141,7 +141,7 @@ def test_a_chunk_from_disk_is_read_once_and_hashed_once_and_from_memory_not_at_a
     assert ran == {}  # the record has said where it is
 
     counted.forget()
-    from_host = [cold.load(record) for record in records]
+    from_host = [cold.load(record).kv_L2THD for record in records]
     cold.close()
     assert (counted.passes, counted.files) == ([], {})
     # Neither keeping nor giving is a copy.

@@ -65,7 +65,7 @@ def read(say: Say, root: str, until: float) -> None:
         ).values()
         for key, record in store.catalog.chunks(key for turn in turns for key in turn.chunk_keys).items():
             try:
-                tensor = store.load(record)
+                tensor = store.load(record).kv_L2THD
             except StorageError:
                 if store.catalog.chunks([key]).get(key) == record:
                     raise  # neither forgotten nor replaced: its bytes should be there

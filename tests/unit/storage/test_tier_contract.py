@@ -55,7 +55,7 @@ class Place:
         """The chunk if this tier has it."""
         before = self.count("hits")
         try:
-            kv_L2THD = self.store.load(record)
+            kv_L2THD = self.store.load(record).kv_L2THD
         except MissingBlobError:
             return None
         if self.count("hits") == before:
@@ -136,7 +136,7 @@ def test_the_budget_is_never_exceeded_and_sums_stay_exact(places: Places, name: 
         elif (record := place.record(chunk)) is None:
             place.put(chunk)
         else:
-            assert same_bits(place.store.load(record).cpu(), kv_of(chunk))
+            assert same_bits(place.store.load(record).kv_L2THD.cpu(), kv_of(chunk))
         here = held(place, chunks)
         assert place.count("bytes") == sum(map(place.size, here)) <= limit_bytes
         assert place.count("chunks") == len(here)
@@ -167,7 +167,7 @@ def test_a_chunk_as_large_as_the_budget_is_kept_and_a_larger_one_is_not(places: 
     if record is not None:
         for _ in range(2):
             assert small.get(record) is None
-            assert same_bits(small.store.load(record), kv_of(chunk))  # from below
+            assert same_bits(small.store.load(record).kv_L2THD, kv_of(chunk))  # from below
 
 
 @pytest.mark.parametrize("name", MEMORY)
@@ -225,7 +225,7 @@ def test_what_is_forgotten_is_served_by_no_tier(
     record, kept = place.record(chunk), place.put(other)
     assert record is not None
     assert kept is not None
-    assert same_bits(place.store.load(record).cpu(), kv_of(chunk))
+    assert same_bits(place.store.load(record).kv_L2THD.cpu(), kv_of(chunk))
 
     how(place, chunk)
 
@@ -299,7 +299,7 @@ def test_threads_get_right_bytes_and_keep_sums_exact(places: Places, name: str) 
                 place.store.put_turn(turn_of([chunk], chunk.key), [], [chunk])
             else:
                 try:
-                    if not same_bits(place.store.load(record).cpu(), kv_of(chunk)):
+                    if not same_bits(place.store.load(record).kv_L2THD.cpu(), kv_of(chunk)):
                         wrong.append(f"{chunk.key} has other bytes")
                 except MissingBlobError:
                     continue  # forgotten meanwhile

@@ -98,7 +98,7 @@ def test_what_is_forgotten_on_its_way_down_does_not_arrive(pushed_out: PushedOut
 def test_what_is_asked_for_on_its_way_down_goes_up_and_is_there_once(pushed_out: PushedOut) -> None:
     first, second = pushed_out.first, pushed_out.second
 
-    assert same_bits(pushed_out.stack.load(record_of(first)), kv_of(first))
+    assert same_bits(pushed_out.stack.load(record_of(first)).kv_L2THD, kv_of(first))
     pushed_out.arrive()
 
     assert pushed_out.host.chunk_keys() == {first.key}
@@ -149,7 +149,7 @@ def test_nobody_waits_for_what_moves_down_and_no_more_of_it_waits_than_is_allowe
     )
 
     for chunk in chunks:
-        assert same_bits(stack.load(record_of(chunk)), kv_of(chunk))
+        assert same_bits(stack.load(record_of(chunk)).kv_L2THD, kv_of(chunk))
     assert stack.counts()["tiers_moving_bytes"] == 2 * size
     assert lower.chunk_keys() == set()
     slow.may_hold.set()
@@ -172,7 +172,7 @@ def test_a_closed_stack_still_answers_and_moves_nothing_down() -> None:
     stack.close()
 
     for chunk in chunks:
-        assert same_bits(stack.load(record_of(chunk)), kv_of(chunk))
+        assert same_bits(stack.load(record_of(chunk)).kv_L2THD, kv_of(chunk))
 
     assert stack.chunk_keys() == {chunks[-1].key}
     assert stack.counts()["tiers_moving_bytes"] == 0
@@ -191,7 +191,7 @@ def test_what_cannot_be_moved_down_is_told_and_on_disk(caplog: pytest.LogCapture
     stack = TierStack([upper, lower], Disk(chunks).tier, AccessWindow(1), AtOnce())
 
     for chunk in [*chunks, chunks[0]]:
-        assert same_bits(stack.load(record_of(chunk)), kv_of(chunk))
+        assert same_bits(stack.load(record_of(chunk)).kv_L2THD, kv_of(chunk))
 
     assert [record.message.split(" ", 2)[2] for record in caplog.records] == [
         "could not be moved down from tier host"

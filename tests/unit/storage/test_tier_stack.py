@@ -20,7 +20,7 @@ from kv_agent.storage.blobs import MissingBlobError
 from kv_agent.storage.policy import POLICIES, Policy, Usage
 from kv_agent.storage.ranking import AccessWindow
 from kv_agent.storage.tier_stack import TierStack, memory_tiers
-from kv_agent.storage.tiers import Compressed, DiskTier, Form, Held, MemoryTier, OnHost
+from kv_agent.storage.tiers import Compressed, DiskTier, Form, Held, MemoryTier, Moved, OnHost
 from tests.unit.storage.builders import chain, kv_of, record_of, same_bits
 from tests.unit.storage.clock import Clock
 from tests.unit.storage.plain_tiers import NAMES, PlainTiers
@@ -57,7 +57,7 @@ def test_tiers_do_what_brute_force_does(policy_name: str, promote_after: int, se
         chunk = chunks[min(rng.randrange(14), rng.randrange(14))]
         match rng.choice(["load", "load", "load", "use", "put", "discard"]):
             case "load":
-                assert same_bits(stack.load(record_of(chunk)), kv_of(chunk))
+                assert same_bits(stack.load(record_of(chunk)).kv_L2THD, kv_of(chunk))
                 model.load(chunk, clock.now)
             case "use":
                 used = rng.sample(chunks, rng.randrange(1, 5))
@@ -91,7 +91,7 @@ def test_threads_keep_sums_exact_and_copies_in_one_tier() -> None:
             chunk = chunks[rng.randrange(16)]
             action = rng.random()
             if action < 0.8:
-                if not same_bits(stack.load(record_of(chunk)), kv_of(chunk)):
+                if not same_bits(stack.load(record_of(chunk)).kv_L2THD, kv_of(chunk)):
                     wrong.append(f"{chunk.key} has other bytes")
             elif action < 0.9:
                 stack.put(record_of(chunk), kv_of(chunk))
@@ -145,7 +145,7 @@ def test_other_bytes_under_the_same_key_are_never_served() -> None:
     stack.put(record_of(old), kv_of(old))
 
     for _ in range(2):
-        assert same_bits(stack.load(record_of(new)), kv_of(new))
+        assert same_bits(stack.load(record_of(new)).kv_L2THD, kv_of(new))
 
     assert host.counts() == host.counts() | {"chunks": 1, "hits": 1, "bytes": kv_of(new).nbytes}
 
@@ -153,13 +153,32 @@ def test_other_bytes_under_the_same_key_are_never_served() -> None:
 def test_a_view_that_the_disk_gives_is_copied() -> None:
     (chunk,) = chain(4)
     buffer = torch.stack([kv_of(chunk), kv_of(chunk)])
-    disk = DiskTier(lambda _record: buffer[1], dict)
+    disk = DiskTier(lambda _record, delta: Moved(buffer[1], delta), dict)
     (host,) = memory_tiers(device_bytes=0, host_bytes=9999, warm_bytes=0, device=None, policy=POLICIES["lru"])
 
-    kept = TierStack([host], disk, AccessWindow(1), AtOnce()).load(record_of(chunk))
+    kept = TierStack([host], disk, AccessWindow(1), AtOnce()).load(record_of(chunk)).kv_L2THD
 
     assert same_bits(kept, kv_of(chunk))
     assert kept.untyped_storage().nbytes() == kept.nbytes == host.counts()["bytes"]
+
+
+def test_a_chunk_is_moved_while_it_is_read_only_where_no_tier_keeps_it() -> None:
+    (chunk,) = chain(4)
+    kv_L2THD = torch.ones_like(kv_of(chunk))
+    disk = DiskTier(lambda _record, delta: Moved(kv_L2THD + delta, 0), dict)
+    (host,) = memory_tiers(device_bytes=0, host_bytes=9999, warm_bytes=0, device=None, policy=POLICIES["lru"])
+
+    alone = TierStack([], disk, AccessWindow(1), AtOnce())
+    for _ in range(2):
+        found, delta = alone.load(record_of(chunk), 3)
+        assert (delta, same_bits(found, kv_L2THD + 3)) == (0, True)
+
+    below = TierStack([host], disk, AccessWindow(2), AtOnce())
+    found, delta = below.load(record_of(chunk), 3)  # too seldom to be kept
+    assert (delta, same_bits(found, kv_L2THD + 3), host.chunk_keys()) == (0, True, set())
+    for moved in (3, 5):  # kept, and found there
+        found, delta = below.load(record_of(chunk), moved)
+        assert (delta, same_bits(found, kv_L2THD), host.chunk_keys()) == (moved, True, {chunk.key})
 
 
 def test_compressed_bytes_that_memory_damaged_are_read_from_disk_again() -> None:
@@ -172,10 +191,10 @@ def test_compressed_bytes_that_memory_damaged_are_read_from_disk_again() -> None
     assert not isinstance(payload, Tensor)
     payload.data[-1] ^= 1
 
-    assert same_bits(stack.load(record_of(chunk)), kv_of(chunk))
+    assert same_bits(stack.load(record_of(chunk)).kv_L2THD, kv_of(chunk))
     assert stack.counts()["tier_disk_hits"] == 1
     assert stack.chunk_keys() == set()
-    assert same_bits(stack.load(record_of(chunk)), kv_of(chunk))
+    assert same_bits(stack.load(record_of(chunk)).kv_L2THD, kv_of(chunk))
     assert stack.chunk_keys() == {chunk.key}
 
 

@@ -16,7 +16,7 @@ from kv_agent.storage.blobs import MissingBlobError
 from kv_agent.storage.codecs import Payload
 from kv_agent.storage.compression import compress
 from kv_agent.storage.store import NewChunk
-from kv_agent.storage.tiers import DiskTier
+from kv_agent.storage.tiers import DiskTier, Moved
 from tests.unit.storage.builders import chain, kv_of
 
 WAIT_S = 30.0
@@ -39,10 +39,10 @@ class Disk:
         self.lost: set[ChunkKey] = set()
         self.tier = DiskTier(self._read, self.totals)
 
-    def _read(self, record: ChunkRecord) -> Tensor:
+    def _read(self, record: ChunkRecord, delta: int) -> Moved:
         if record.key in self.lost:
             raise MissingBlobError(record.key)
-        return self.chunks[record.key].kv.clone()
+        return Moved(kv_of(self.chunks[record.key]).clone(), delta)
 
     def totals(self) -> dict[str, int]:
         return {"bytes": sum(chunk.kv.nbytes for chunk in self.chunks.values()), "chunks": len(self.chunks)}

@@ -69,7 +69,7 @@ def test_made_up_turns_can_be_stored_and_read(tmp_path: Path) -> None:
     assert store.put_turn(turn, [], chunks).new_chunks == set(turn.chunk_keys)
 
     stored = store.catalog.chunks(turn.chunk_keys)
-    assert all(store.load(stored[chunk.key]).equal(chunk.kv) for chunk in chunks)
+    assert all(store.load(stored[chunk.key]).kv_L2THD.equal(chunk.kv) for chunk in chunks)
     assert sum(chunk.kv.nbytes for chunk in chunks) == 8 * QWEN.token_bytes
     assert {record.key for record in rows_of(turn, chunks)[0]} == set(stored)
     store.close()

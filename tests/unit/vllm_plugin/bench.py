@@ -15,7 +15,9 @@ from kv_agent.chunks import ChunkKey, ChunkRecord, TurnId, TurnRecord
 from kv_agent.kv.block_copy import BlockCopier, Copying
 from kv_agent.kv.block_kernels import Strided
 from kv_agent.kv.rope import RotaryScheme
+from kv_agent.storage.codecs import PLAIN, Codec
 from kv_agent.storage.store import LocalStore, NewChunk
+from kv_agent.storage.tiers import Moved
 from kv_agent.storage.turn_writes import AddResult
 from kv_agent.vllm_plugin.chains import cut_segments
 from kv_agent.vllm_plugin.jobs import CaptureJob, ChunkLoad, LoadFailure, LoadJob, StepJobs, WorkerReport
@@ -120,19 +122,19 @@ class TroubledStore(LocalStore):
     load_error: Exception | None = None
     put_error: Exception | None = None
 
-    def __init__(self, root: Path, host_bytes: int, warm_bytes: int) -> None:
-        super().__init__(root, host_bytes, warm_bytes=warm_bytes)
+    def __init__(self, root: Path, host_bytes: int, warm_bytes: int, codec: Codec) -> None:
+        super().__init__(root, host_bytes, warm_bytes=warm_bytes, codec=codec)
         self.may_load = threading.Event()
         self.may_put = threading.Event()
         self.given_vectors: dict[ChunkKey, bytes | None] = {}
         self.may_load.set()
         self.may_put.set()
 
-    def load(self, record: ChunkRecord) -> Tensor:
+    def load(self, record: ChunkRecord, delta: int = 0) -> Moved:
         assert self.may_load.wait(WAIT_S)
         if self.load_error is not None:
             raise self.load_error
-        return super().load(record)
+        return super().load(record, delta)
 
     def put_turn(
         self,
@@ -163,9 +165,10 @@ class Bench:
         scheme: RotaryScheme | None = SCHEME,
         direct: bool = False,
         has_streams: bool = False,
+        codec: Codec = PLAIN,
     ) -> None:
         self.cache = DenseCache(dtype, direct=direct, has_streams=has_streams)
-        self.store = TroubledStore(root, host_bytes, warm_bytes)
+        self.store = TroubledStore(root, host_bytes, warm_bytes, codec)
         self.worker = WorkerSide(
             self.cache,
             self.store,

@@ -33,7 +33,7 @@ def test_what_the_engine_writes_after_the_step_is_not_captured(bench: Bench) -> 
     bench.store.may_put.set()
     bench.step_until(lambda: job.turn_id in bench.report.settled)
     records = bench.store.catalog.chunks([one.key for one in job.segments])
-    stored = [bench.store.load(records[one.key]) for one in job.segments]
+    stored = [bench.store.load(records[one.key]).kv_L2THD for one in job.segments]
     assert same_bits(torch.cat(stored, dim=2), captured)
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from kv_agent.chunks import ChunkRecord
 from kv_agent.kv.rope import rotate_keys
+from kv_agent.storage.codecs import Codec
+from kv_agent.storage.tiers import Moved
 from tests.unit.storage.builders import same_bits
 from tests.unit.vllm_plugin.bench import NUM_BLOCKS, SCHEME, Bench, P, capture_job, load_job, slots
 
@@ -73,6 +74,31 @@ def test_skipped_tokens_are_not_written(bench: Bench, skip: int) -> None:
     assert same_bits(bench.kv(target.block_ids, 2 + skip, 14)[:, 1], captured[:, 1, skip:])
 
 
+@pytest.mark.parametrize("host_bytes", [0, 1 << 20])
+@pytest.mark.parametrize("skip", [0, 4])
+def test_keys_in_fewer_bits_come_to_their_new_place(
+    benches: Callable[..., Bench], host_bytes: int, skip: int
+) -> None:
+    """By the pass that decodes them; by the one into blocks if a tier keeps what was decoded."""
+    codec = Codec(name="int8", scheme=SCHEME)
+    before = benches(dtype=torch.bfloat16, codec=codec)
+    job = capture_job(12, start=6)
+    payload = codec.encode(before.kv(job.block_ids, 6, 12), 6)
+    records = before.capture(job)
+    bench = benches(dtype=torch.bfloat16, host_bytes=host_bytes, codec=codec)
+
+    for _ in range(2):  # read, and perhaps kept
+        assert bench.load(load_job(records, at=1, skip=skip)) is None
+        bench.received.clear()
+        loaded = bench.kv(load_job(records).block_ids, 1 + skip, 7)
+        if host_bytes:
+            keys_LTHD = rotate_keys(codec.decode(payload, 6)[:, 0], -5, SCHEME)
+        else:
+            keys_LTHD = codec.decode(payload, 1)[:, 0]
+        assert same_bits(loaded[:, 0], keys_LTHD[:, skip:])
+        assert same_bits(loaded[:, 1], codec.decode(payload, 6)[:, 1, skip:])
+
+
 @pytest.mark.parametrize("tier", ["host_bytes", "warm_bytes"])
 def test_moving_a_chunk_does_not_change_the_copy_that_stays_in_memory(
     benches: Callable[..., Bench], tier: str
@@ -116,9 +142,9 @@ def test_the_chunks_of_one_plan_are_read_side_by_side(bench: Bench, monkeypatch:
     together = threading.Barrier(2)  # as many as there are threads: one that reads alone waits in vain
     load = bench.store.load
 
-    def load_together(record: ChunkRecord) -> Tensor:
+    def load_together(record: ChunkRecord, delta: int) -> Moved:
         together.wait(timeout=20)
-        return load(record)
+        return load(record, delta)
 
     monkeypatch.setattr(bench.store, "load", load_together)
     assert bench.load(load_job(records)) is None
