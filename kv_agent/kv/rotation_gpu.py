@@ -1,24 +1,18 @@
-"""Whether keys on a GPU are rotated by Triton in one pass; torch takes a dozen.
-
-It has not been run on a GPU yet. So it is tried when an engine starts, and left alone where Triton does not
-work or gives something else than torch.
-"""
+"""Whether keys on a GPU are rotated by Triton in one pass; torch takes a dozen."""
 
 from __future__ import annotations
-
-import logging
 
 import torch
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
+from kv_agent.kv import tried_kernels
 
-_works: set[tuple[torch.dtype, torch.device]] = set()  # where it gave what torch gives
+_KERNEL = "keys"
 
 
 def fits(out_THD: Tensor, k_THD: Tensor) -> bool:
     """Whether :func:`rotate_into` takes them: where it works, one run of rows per leading index."""
-    return (k_THD.dtype, k_THD.device) in _works and all(
+    return tried_kernels.works(_KERNEL, k_THD.dtype, k_THD.device) and all(
         x.ndim == 4 and x.numel() > 0 and x[0].is_contiguous() for x in (out_THD, k_THD)
     )
 
@@ -37,10 +31,4 @@ def prepare(k_THD: Tensor, cos_F: Tensor, sin_F: Tensor, by_torch_THD: Tensor) -
     """
     out_THD = torch.empty_like(k_THD)
     rotate_into(out_THD, k_THD, cos_F, sin_F)
-    if torch.equal(out_THD, by_torch_THD):
-        _works.add((k_THD.dtype, k_THD.device))
-        return
-    about = {"event": "kernel_unavailable"}
-    logger.warning(
-        "keys are rotated without Triton, which differs from torch on %s", k_THD.device, extra=about
-    )
+    tried_kernels.judge(_KERNEL, out_THD, by_torch_THD)

@@ -10,7 +10,8 @@ values per token. What is not ``raw`` becomes one run of bytes: keys, then value
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from kv_agent.chunks import RAW, CodecName
 from kv_agent.errors import CorruptChunkError, StorageError
-from kv_agent.kv import dequantise_kernel
+from kv_agent.kv import dequantise_gpu, dequantise_kernel, tried_kernels
 from kv_agent.kv.quantize import Layout, Quantised, dequantise, quantise
 from kv_agent.kv.rope import RotaryScheme, place_keys, turns_of, unrotate_keys
 from kv_agent.storage.compression import compress, decompress
@@ -26,6 +27,7 @@ from kv_agent.storage.compression import compress, decompress
 CODECS: tuple[CodecName, ...] = get_args(CodecName)
 
 _BITS = {"int8": 8, "int4": 4}
+_TRIED_TOKENS, _TRIED_START = 70, 1000  # more than a group, not a multiple of anything
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -58,11 +60,13 @@ def data_of(payload: Payload) -> Tensor:
 class Codec:
     """Writes chunks as ``name`` says and reads all codecs.
 
-    Without a ``scheme`` the model's keys cannot be un-rotated, so nothing is quantised.
+    Without a ``scheme`` the model's keys cannot be un-rotated, so nothing is quantised. Where KV is needed on
+    a GPU, the ``device``, quantised KV comes there once :meth:`prepare` has found that this works.
     """
 
     name: CodecName = RAW
     scheme: RotaryScheme | None = None
+    device: torch.device | None = None
 
     def encode(self, kv_L2THD: Tensor, start: int) -> Payload:
         """KV that was computed at positions from ``start`` on -> what is stored of it.
@@ -102,14 +106,31 @@ class Codec:
             raise StorageError(
                 f"a chunk stored as {payload.codec} needs the model's rotary embedding, which is not known"
             )
-        return _dequantised(data, payload, start, self.scheme, _BITS[base])
+        return self._dequantised(replace(payload, data=data), start, self.scheme, _BITS[base])
 
-    def prepare(self, dtype: torch.dtype) -> None:
+    def prepare(self, dtype: torch.dtype, num_heads: int, head_dim: int) -> None:
         """Do now what would delay the first :meth:`decode` of such KV; raises whatever a compiler raises."""
         base = self.name.partition("+")[0]
-        is_neox = self.scheme is not None and self.scheme.neox
-        if base in _BITS and is_neox and dequantise_kernel.writes(dtype):
+        if base not in _BITS or self.scheme is None or not self.scheme.neox:
+            return
+        if dequantise_kernel.writes(dtype):
             dequantise_kernel.compiled(_BITS[base])
+        if self.device is not None:
+            shape = (2, 2, _TRIED_TOKENS, num_heads, head_dim)
+            kv_L2THD = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+            data_N = _quantised(kv_L2THD, 0, self.scheme, _BITS[base])
+            assert data_N is not None  # so small numbers have a scale
+            coded = Coded(codec=base, dtype=dtype, shape=shape, data=data_N)
+            found = _on_device(coded, _TRIED_START, self.scheme, _BITS[base], self.device)
+            expected = _dequantised(coded, _TRIED_START, self.scheme, _BITS[base])
+            tried_kernels.judge(dequantise_gpu.kernel(_BITS[base]), found, expected)
+
+    def _dequantised(self, coded: Coded, start: int, scheme: RotaryScheme, bits: int) -> Tensor:
+        device, kernel = self.device, dequantise_gpu.kernel(bits)
+        if device is not None and scheme.neox and tried_kernels.works(kernel, coded.dtype, device):
+            with suppress(torch.OutOfMemoryError):  # the engine needs the GPU's memory more
+                return _on_device(coded, start, scheme, bits, device)
+        return _dequantised(coded, start, scheme, bits)
 
 
 PLAIN = Codec()
@@ -119,13 +140,13 @@ def coded_bytes(base: str, shape: tuple[int, ...], dtype: torch.dtype) -> int:
     """Bytes of KV of that shape before compression."""
     if base == RAW:
         return math.prod(shape) * dtype.itemsize
-    return sum(Layout(part, _BITS[base]).num_bytes for part in _parts(shape))
+    return sum(layout.num_bytes for layout in _layouts(shape, _BITS[base]))
 
 
-def _parts(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _layouts(shape: tuple[int, ...], bits: int) -> tuple[Layout, Layout]:
     """Keys channel by channel, values token by token: the last dimension is what groups are made of."""
     L, _, T, H, D = shape
-    return (L, H, D, T), (L, T, H * D)
+    return Layout((L, H, D, T), bits), Layout((L, T, H * D), bits)
 
 
 def _quantised(kv_L2THD: Tensor, start: int, scheme: RotaryScheme, bits: int) -> Tensor | None:
@@ -137,17 +158,22 @@ def _quantised(kv_L2THD: Tensor, start: int, scheme: RotaryScheme, bits: int) ->
         return None
 
 
-def _dequantised(data: Tensor, payload: Coded, start: int, scheme: RotaryScheme, bits: int) -> Tensor:
-    keys, values = (Layout(part, bits) for part in _parts(payload.shape))
-    of_keys, of_values = data[: keys.num_bytes], data[keys.num_bytes :]
-    if scheme.neox and dequantise_kernel.serves(payload.shape, payload.dtype, scheme.rotary_dim, data):
+def _dequantised(coded: Coded, start: int, scheme: RotaryScheme, bits: int) -> Tensor:
+    keys, values = _layouts(coded.shape, bits)
+    of_keys, of_values = coded.data[: keys.num_bytes], coded.data[keys.num_bytes :]
+    if scheme.neox and dequantise_kernel.serves(coded.shape, coded.dtype, scheme.rotary_dim, coded.data):
         return dequantise_kernel.dequantised(
             Quantised(keys, of_keys),
             Quantised(values, of_values),
-            *turns_of(start, payload.shape[2], scheme),
+            *turns_of(start, coded.shape[2], scheme),
         )
     keys_LTHD = dequantise(of_keys, keys.shape, bits).permute(0, 3, 1, 2)
-    kv_L2THD = torch.empty(payload.shape, dtype=payload.dtype)
+    kv_L2THD = torch.empty(coded.shape, dtype=coded.dtype)
     kv_L2THD[:, 0] = place_keys(keys_LTHD, start, scheme)
     kv_L2THD[:, 1] = dequantise(of_values, values.shape, bits).view_as(kv_L2THD[:, 1])
     return kv_L2THD
+
+
+def _on_device(coded: Coded, start: int, scheme: RotaryScheme, bits: int, device: torch.device) -> Tensor:
+    turns = turns_of(start, coded.shape[2], scheme)
+    return dequantise_gpu.dequantised(coded.data, _layouts(coded.shape, bits), coded.dtype, turns, device)

@@ -217,7 +217,7 @@ class TierStack:
         return None
 
     def _place(self, move: _Move, chunk: _Chunk, tiers: range, *, is_promotion: bool) -> Tensor:
-        """Put a chunk into the first of these tiers that can hold it -> as it is there.
+        """Put a chunk into the first of these tiers that can hold it -> as it is there, or still on a GPU.
 
         What it pushes out goes further down later. Nothing happens if the move is called off.
         """
@@ -248,7 +248,9 @@ class TierStack:
         if gives_back:
             with suppress(RuntimeError):
                 self._background.submit(give_back_freed_memory)
-        return payload if isinstance(payload, Tensor) else chunk.kv_L2THD
+        if isinstance(payload, Tensor) and chunk.kv_L2THD.device.type == "cpu":
+            return payload
+        return chunk.kv_L2THD
 
     def _push_down(self, held: Held, move: _Move, tier: MemoryTier, below: range) -> None:
         try:

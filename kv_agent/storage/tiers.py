@@ -96,6 +96,8 @@ class OnDevice:
     device: torch.device
 
     def hold(self, kv_L2THD: Tensor) -> Tensor:
+        if kv_L2THD.device == self.device and _is_alone(kv_L2THD):
+            return kv_L2THD
         held = torch.empty(kv_L2THD.shape, dtype=kv_L2THD.dtype, device=self.device)
         held.copy_(kv_L2THD, non_blocking=True)
         torch.cuda.current_stream(self.device).synchronize()  # others use it on streams of their own
@@ -114,8 +116,8 @@ class OnHost:
     pinned: bool
 
     def hold(self, kv_L2THD: Tensor) -> Tensor:
-        is_alone = kv_L2THD.untyped_storage().nbytes() == kv_L2THD.nbytes  # no view of a large buffer
-        if kv_L2THD.device.type == "cpu" and is_alone and (not self.pinned or kv_L2THD.is_pinned()):
+        is_here = kv_L2THD.device.type == "cpu" and (not self.pinned or kv_L2THD.is_pinned())
+        if is_here and _is_alone(kv_L2THD):
             return kv_L2THD
         held = torch.empty(kv_L2THD.shape, dtype=kv_L2THD.dtype, pin_memory=self.pinned)
         held.copy_(kv_L2THD, non_blocking=True)
@@ -126,6 +128,11 @@ class OnHost:
     def give(self, payload: Payload) -> Tensor:
         assert isinstance(payload, Tensor)
         return payload
+
+
+def _is_alone(kv_L2THD: Tensor) -> bool:
+    """Whether it is no view of a larger buffer."""
+    return kv_L2THD.untyped_storage().nbytes() == kv_L2THD.nbytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -217,7 +217,11 @@ class KVAgentConnector(KVConnectorBase_V1):
                 device_bytes=self._config.device_bytes,
                 device=cache.device,
                 promote_after=self._config.promote_after,
-                codec=Codec(name=self._config.codec, scheme=scheme),
+                codec=Codec(
+                    name=self._config.codec,
+                    scheme=scheme,
+                    device=cache.device if cache.has_streams else None,
+                ),
                 fsync=self._config.fsync,
                 policy=policy_named(self._config.policy),
                 disk_bytes=self._config.disk_bytes,

@@ -91,7 +91,7 @@ class Loader:
         self._staging = Staging(cache, scheme)
         self._writer = chunk_writer(cache, scheme)
         self._readers = ThreadPoolExecutor(num_threads, "kv-agent-reader", initializer=work_aside)
-        prepares = [partial(store.codec.prepare, cache.dtype)]
+        prepares = [partial(store.codec.prepare, cache.dtype, cache.num_heads, cache.head_dim)]
         if scheme is not None:
             prepares.append(partial(prepare_rotation, scheme, cache.dtype, cache.device))
         for prepare in prepares:

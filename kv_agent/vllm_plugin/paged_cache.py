@@ -61,6 +61,15 @@ class PagedCache:
         return len(self._layers)
 
     @property
+    def num_heads(self) -> int:
+        """KV heads of a layer."""
+        return self._shape_PHD[1]
+
+    @property
+    def head_dim(self) -> int:
+        return self._shape_PHD[2]
+
+    @property
     def has_streams(self) -> bool:
         """Whether its device copies beside what it computes."""
         return self.device.type != "cpu"

@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
-from importlib import import_module
-from types import ModuleType
-
 import numpy as np
 import pytest
 import torch
@@ -18,27 +11,13 @@ from torch import Tensor
 
 from kv_agent.kv import rotation_gpu
 from kv_agent.kv.rope import RotaryScheme, copy_rotated_into, prepare_rotation, rotate_keys
+from tests.unit.kv.triton_compiler import Variant, require_they_compile
+
+pytestmark = pytest.mark.usefixtures("nothing_tried")
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TURN = (torch.arange(1.0, 5.0).cos(), torch.arange(1.0, 5.0).sin())  # of four planes
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> Iterator[ModuleType]:
-    """The module as Triton makes it for its interpreter."""
-    import_module("triton")  # first, for not all that is in there can be interpreted
-    sys.modules.pop("kv_agent.kv.rotation_triton", None)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        from kv_agent.kv import rotation_triton
-    yield rotation_triton
-    sys.modules.pop("kv_agent.kv.rotation_triton", None)
-
-
-@pytest.fixture(autouse=True)
-def nothing_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rotation_gpu, "_works", set())
 
 
 def by_torch(k_THD: Tensor, cos_F: Tensor, sin_F: Tensor) -> Tensor:
@@ -54,6 +33,7 @@ def require_same(found: Tensor, expected: Tensor) -> None:
     assert torch.equal(found.view(bits)[~found.isnan()], expected.view(bits)[~found.isnan()])
 
 
+@pytest.mark.usefixtures("interpreted")
 @settings(max_examples=40, deadline=None)
 @given(
     dtype=st.sampled_from(DTYPES),
@@ -65,7 +45,6 @@ def require_same(found: Tensor, expected: Tensor) -> None:
     seed=st.integers(0, 1000),
 )
 def test_keys_are_rotated_as_torch_rotates_them(
-    interpreted: ModuleType,
     dtype: torch.dtype,
     shape: tuple[int, int, int],
     num_planes: int,
@@ -87,15 +66,16 @@ def test_keys_are_rotated_as_torch_rotates_them(
     angles_F = torch.randn(num_planes, generator=generator)
 
     with np.errstate(all="ignore"):  # the interpreter is numpy's
-        interpreted.rotate_into(out_LTHD, k_LTHD, angles_F.cos(), angles_F.sin())
+        rotation_gpu.rotate_into(out_LTHD, k_LTHD, angles_F.cos(), angles_F.sin())
 
     require_same(out_LTHD, by_torch(k_LTHD, angles_F.cos(), angles_F.sin()))
     assert (out_L2THD[:, 1] == 5).all()
     assert (out_L2THD[:, 0, [0, *range(1 + T, T + 3)]] == 5).all()
 
 
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_it_is_used_where_it_gives_what_torch_gives(interpreted: ModuleType, dtype: torch.dtype) -> None:
+def test_it_is_used_where_it_gives_what_torch_gives(dtype: torch.dtype) -> None:
     k_LTHD = torch.randn(2, 3, 2, 8).to(dtype)
     assert not rotation_gpu.fits(torch.empty_like(k_LTHD), k_LTHD)
 
@@ -118,33 +98,19 @@ def test_it_is_left_alone_where_it_differs(
     rotation_gpu.prepare(k_LTHD, *TURN, by_torch(k_LTHD, *TURN))
 
     assert not rotation_gpu.fits(torch.empty_like(k_LTHD), k_LTHD)
-    assert "rotated without Triton" in caplog.text
+    assert [record.event for record in caplog.records] == ["kernel_unavailable"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
-def test_it_compiles_for_gpus_without_one(capability: int) -> None:
-    program = f"""
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from kv_agent.kv.rotation_triton import turn_rows
-
-names, target = turn_rows.arg_names, GPUTarget("cuda", {capability}, 32)
-for kind, is_bfloat16 in (("*i16", True), ("*fp16", False), ("*fp32", False)):
-    for rest in (0, 8):
-        kinds = [kind, kind, "*fp32", "*fp32", "i64", "i64", "i32"] + ["constexpr"] * 6
-        numbers = dict(D=64 + rest, F=32, PLANES=32, REST=rest, ROWS=16, IS_BFLOAT16=is_bfloat16)
-        source = ASTSource(
-            fn=turn_rows,
-            signature=dict(zip(names, kinds, strict=True)),
-            constexprs={{(names.index(name),): value for name, value in numbers.items()}},
-        )
-        made = triton.compile(source, target=target, options={{"enable_fp_fusion": False}})
-        assert "st.global" in made.asm["ptx"] and "fma" not in made.asm["ptx"]
-"""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
+def test_it_compiles_for_gpus_without_one() -> None:
+    variants = []
+    for kind, is_bfloat16 in (("*i16", True), ("*fp16", False), ("*fp32", False)):
+        for rest in (0, 8):
+            kinds = [kind, kind, "*fp32", "*fp32", "i64", "i64", "i32"]
+            dims = {"D": 64 + rest, "F": 32, "PLANES": 32, "REST": rest, "ROWS": 16}
+            constants = dims | {"IS_BFLOAT16": is_bfloat16}
+            variants.append(Variant("rotation_triton", "turn_rows", kinds, constants))
+    require_they_compile(variants)
 
 
 @pytest.mark.gpu

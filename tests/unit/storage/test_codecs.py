@@ -195,7 +195,7 @@ def test_only_what_needs_machine_code_has_it_made_beforehand(
     made: list[int] = []
     monkeypatch.setattr(dequantise_kernel, "compiled", made.append)
 
-    Codec(name=codec, scheme=scheme).prepare(dtype)
+    Codec(name=codec, scheme=scheme).prepare(dtype, num_heads=2, head_dim=8)
 
     is_needed = codec in LOSSY and scheme is NEOX and dtype == torch.bfloat16
     assert made == ([int(codec[3])] if is_needed else [])
@@ -203,7 +203,7 @@ def test_only_what_needs_machine_code_has_it_made_beforehand(
 
 def test_after_preparing_the_first_chunk_is_decoded_by_what_was_made() -> None:
     chosen = Codec(name="int4", scheme=NEOX)
-    chosen.prepare(torch.bfloat16)
+    chosen.prepare(torch.bfloat16, num_heads=2, head_dim=8)
     before = dequantise_kernel.compiled.cache_info()
 
     chosen.decode(chosen.encode(kv_of(5), 0), 0)

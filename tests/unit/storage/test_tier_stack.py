@@ -20,7 +20,7 @@ from kv_agent.storage.blobs import MissingBlobError
 from kv_agent.storage.policy import POLICIES, Policy, Usage
 from kv_agent.storage.ranking import AccessWindow
 from kv_agent.storage.tier_stack import TierStack, memory_tiers
-from kv_agent.storage.tiers import Compressed, DiskTier, Form, Held, MemoryTier, Moved, OnHost
+from kv_agent.storage.tiers import Compressed, DiskTier, Form, Held, MemoryTier, Moved, OnDevice, OnHost
 from tests.unit.storage.builders import chain, kv_of, record_of, same_bits
 from tests.unit.storage.clock import Clock
 from tests.unit.storage.plain_tiers import NAMES, PlainTiers
@@ -160,6 +160,23 @@ def test_a_view_that_the_disk_gives_is_copied() -> None:
 
     assert same_bits(kept, kv_of(chunk))
     assert kept.untyped_storage().nbytes() == kept.nbytes == host.counts()["bytes"]
+
+
+def test_what_is_on_a_device_is_used_from_there_though_a_tier_keeps_a_copy() -> None:
+    (chunk,) = chain(4)
+    there = kv_of(chunk).to("meta")
+    disk = DiskTier(lambda _record, delta: Moved(there, delta), dict)
+
+    class FromDevice(OnHost):
+        def hold(self, kv_L2THD: Tensor) -> Tensor:
+            return torch.ones(kv_L2THD.shape, dtype=kv_L2THD.dtype)
+
+    host = MemoryTier("host", 9999, FromDevice(pinned=False), POLICIES["lru"], Clock())
+    stack = TierStack([host], disk, AccessWindow(1), AtOnce())
+
+    assert stack.load(record_of(chunk)).kv_L2THD is there
+    assert same_bits(stack.load(record_of(chunk)).kv_L2THD, torch.ones_like(kv_of(chunk)))
+    assert OnDevice(device=there.device).hold(there) is there
 
 
 def test_a_chunk_is_moved_while_it_is_read_only_where_no_tier_keeps_it() -> None:

@@ -54,6 +54,8 @@ class DenseCache:
 
     block_tokens = P
     num_layers = L
+    num_heads = H
+    head_dim = D
     device = torch.device("cpu")
 
     def __init__(self, dtype: torch.dtype, *, direct: bool = False, has_streams: bool = False) -> None:
