@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,20 @@ class PagedLayer:
     write: SlotWriter
     num_kv_heads: int
     head_dim: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Reading:
+    """KV on its way to host memory; ``is_there`` is a GPU's event, ``None`` where it is there."""
+
+    kv_L2THD: Tensor
+    is_there: Any = None
+
+    def wait(self) -> Tensor:
+        """The KV when all of it has come. Any thread may wait."""
+        if self.is_there is not None:
+            self.is_there.synchronize()
+        return self.kv_L2THD
 
 
 class PagedCache:
@@ -95,14 +110,21 @@ class PagedCache:
     def read(
         self, block_ids: Sequence[int], start: int, end: int, layers: Sequence[int] | None = None
     ) -> Tensor:
+        """What :meth:`begin_reading` reads, when it is there."""
+        return self.begin_reading(block_ids, start, end, layers).wait()
+
+    def begin_reading(
+        self, block_ids: Sequence[int], start: int, end: int, layers: Sequence[int] | None = None
+    ) -> Reading:
         """KV of positions ``[start, end)`` -> host tensor ``[L, 2, T, H, D]``, keys as in the cache.
 
-        ``layers`` picks some layers, in that order; all of them by default.
+        ``layers`` picks some layers, in that order; all of them by default. On a GPU the model's stream does
+        it, before all that it is asked for later, so the blocks can be given back at once.
         """
         if self._copier is not None and layers is None:
             kv_L2THD = torch.empty((self.num_layers, 2, end - start, *self._shape_PHD[1:]), dtype=self.dtype)
             self._copier.gather(_plain(kv_L2THD, start), block_ids).run()
-            return kv_L2THD
+            return Reading(kv_L2THD=kv_L2THD)
         blocks_T, offsets_T = self._slots(block_ids, start, end)
         chosen = range(self.num_layers) if layers is None else layers
         shape = (len(chosen), 2, end - start, *self._shape_PHD[1:])
@@ -111,9 +133,12 @@ class PagedCache:
         for out_2THD, i in zip(kv_l2THD, chosen, strict=True):
             kv_2THD = read_slots(self._layers[i].kv_cache_BHNC, self._layouts[i], blocks_T, offsets_T)
             out_2THD.copy_(kv_2THD, non_blocking=True)
-        if self.has_streams:  # the blocks are given back after this step
-            torch.cuda.current_stream(self.device).synchronize()
-        return kv_l2THD
+        if not self.has_streams:
+            return Reading(kv_L2THD=kv_l2THD)
+        device: Any = torch.get_device_module(self.device)
+        is_there = device.Event()
+        is_there.record(device.current_stream())
+        return Reading(kv_L2THD=kv_l2THD, is_there=is_there)
 
     def write(
         self, kv_l2THD: Tensor, block_ids: Sequence[int], start: int, layers: slice = slice(None)

@@ -181,7 +181,7 @@ class WorkerSide:
             self._report.probes[job.request_id] = sketch
 
     def _capture(self, job: CaptureJob) -> str | None:
-        """Copy and queue the turn's new tokens; returns why it could not, if so."""
+        """Begin to copy the turn's new tokens and queue what is left; returns why it could not, if so."""
         segments = job.segments
         if not segments:
             return self._submit(job, 0, lambda: self._store_turn(job, (), ()))
@@ -190,11 +190,12 @@ class WorkerSide:
         if refusal := self._writer.admit(num_bytes):
             return refusal
         began = time.perf_counter()
-        kv_L2THD = self._cache.read(job.block_ids, start, end)
+        reading = self._cache.begin_reading(job.block_ids, start, end)
         self._saved_bytes += num_bytes
         self._saved_seconds += time.perf_counter() - began
 
         def store() -> None:
+            kv_L2THD = reading.wait()
             context = [self._new_chunk(part, kv_L2THD, start, found=False) for part in job.context]
             content = [self._new_chunk(part, kv_L2THD, start, found=True) for part in job.content]
             self._store_turn(job, context, content)

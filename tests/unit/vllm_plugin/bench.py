@@ -21,7 +21,7 @@ from kv_agent.storage.tiers import Moved
 from kv_agent.storage.turn_writes import AddResult
 from kv_agent.vllm_plugin.chains import cut_segments
 from kv_agent.vllm_plugin.jobs import CaptureJob, ChunkLoad, LoadFailure, LoadJob, StepJobs, WorkerReport
-from kv_agent.vllm_plugin.paged_cache import NULL_BLOCK, Put
+from kv_agent.vllm_plugin.paged_cache import NULL_BLOCK, Put, Reading
 from kv_agent.vllm_plugin.worker import WorkerSide
 from tests.unit.vllm_plugin.builders import FINGERPRINT, ROOT, SCOPE
 
@@ -91,9 +91,14 @@ class DenseCache:
     def read(
         self, block_ids: Sequence[int], start: int, end: int, layers: Sequence[int] | None = None
     ) -> Tensor:
+        return self.begin_reading(block_ids, start, end, layers).wait()
+
+    def begin_reading(
+        self, block_ids: Sequence[int], start: int, end: int, layers: Sequence[int] | None = None
+    ) -> Reading:
         self._fail_if_broken()
         chosen_L2SHD = self.memory_L2SHD[list(range(L) if layers is None else layers)]
-        return chosen_L2SHD[:, :, slots(block_ids, start, end)]
+        return Reading(kv_L2THD=chosen_L2SHD[:, :, slots(block_ids, start, end)])
 
     def write(
         self, kv_l2THD: Tensor, block_ids: Sequence[int], start: int, layers: slice = slice(None)

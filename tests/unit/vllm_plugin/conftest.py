@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.unit.vllm_plugin.bench import Bench
 from tests.unit.vllm_plugin.builders import FakeCatalog
 from tests.unit.vllm_plugin.scheduling import Desk
+from tests.unit.vllm_plugin.told import Told
 
 
 @pytest.fixture
@@ -36,6 +38,13 @@ def benches(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Callable
     yield make
     for one in opened:
         one.close()
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Told:
+    told = Told()
+    monkeypatch.setattr(torch, "get_device_module", lambda device: told)
+    return told
 
 
 @pytest.fixture

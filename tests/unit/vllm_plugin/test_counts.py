@@ -11,15 +11,18 @@ import torch
 from torch import Tensor
 
 from kv_agent.chunks import ChunkRecord
+from kv_agent.kv import dequantise_kernel
 from kv_agent.kv.block_copy import Copying, PlainPiece
 from kv_agent.storage.catalog import Catalog
+from kv_agent.storage.codecs import Codec
 from kv_agent.vllm_plugin import direct
 from kv_agent.vllm_plugin.jobs import LoadJob
+from kv_agent.vllm_plugin.paged_cache import Reading
 from kv_agent.vllm_plugin.plan import PlacedChunk
 from kv_agent.vllm_plugin.resolver import Resolver
 from tests.unit.counted import Bytes, Statements, count_bytes, trace_statements
 from tests.unit.storage.builders import turn_of
-from tests.unit.vllm_plugin.bench import CHUNK, Bench, DenseCopier, capture_job, load_job
+from tests.unit.vllm_plugin.bench import CHUNK, SCHEME, Bench, DenseCopier, capture_job, load_job
 from tests.unit.vllm_plugin.builders import (
     FINGERPRINT,
     LIMITS,
@@ -101,16 +104,24 @@ def test_a_request_that_is_captured_asks_twice_for_every_stored_chunk_it_begins_
 def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bytes:
     counted = count_bytes(monkeypatch, tmp_path)
     scatter, rotate = DenseCopier.scatter, direct.rotate_keys
+    dequantised = dequantise_kernel.dequantised
 
     def counted_scatter(self: DenseCopier, pieces: Sequence[PlainPiece], blocks: Sequence[int]) -> Copying:
         for piece in pieces:
-            counted.note("scatter", piece.key_LTHD.nbytes + piece.value_LTHD.nbytes)
+            what = "scatter" if piece.turn is None else "turn and scatter"
+            counted.note(what, piece.key_LTHD.nbytes + piece.value_LTHD.nbytes)
         return scatter(self, pieces, blocks)
 
     def counted_rotate(keys: Tensor, *rest: Any) -> Tensor:
         counted.note("rotate", keys.nbytes)
         return rotate(keys, *rest)
 
+    def counted_dequantised(*arguments: Any) -> Tensor:
+        kv_L2THD = dequantised(*arguments)
+        counted.note("dequantise", kv_L2THD.nbytes)
+        return kv_L2THD
+
+    monkeypatch.setattr(dequantise_kernel, "dequantised", counted_dequantised)
     monkeypatch.setattr(DenseCopier, "scatter", counted_scatter)
     monkeypatch.setattr(direct, "rotate_keys", counted_rotate)
     return counted
@@ -124,14 +135,19 @@ def bench(counted: Bytes, tmp_path: Path) -> Iterator[Bench]:
 
 
 def loaded(bench: Bench, counted: Bytes, job: LoadJob) -> dict[str, list[int]]:
-    """Passes of this load by what was done, without reading blobs' headers."""
+    """Passes of this load over its chunks, by what was done."""
     moved = bench.worker.counters().get("moved_bytes|load", 0)
     counted.forget()
     bench.received.clear()
     assert bench.load(job) is None
-    num_bytes = sum(record.num_bytes for record in job.records.values())
+    num_bytes = sum(record.num_tokens for record in job.records.values()) * bench.cache.token_bytes
     assert bench.worker.counters()["moved_bytes|load"] - moved == num_bytes
-    return {what: counted.of(what) for what in ("read", "hash", "rotate", "scatter")}
+    stored = {record.num_bytes for record in job.records.values()}
+    passes: dict[str, list[int]] = {}
+    for what, count in counted.passes:
+        if what not in ("read", "hash") or count in stored:  # no header
+            passes.setdefault(what, []).append(count)
+    return passes
 
 
 def test_a_chunk_is_gone_through_three_times_from_disk_and_once_from_memory(
@@ -145,27 +161,46 @@ def test_a_chunk_is_gone_through_three_times_from_disk_and_once_from_memory(
 
     job = load_job(records, blocks=range(10, 18))
     from_disk = loaded(bench, counted, job)
-    assert [count for count in from_disk["read"] if count == chunk_bytes] == each
+    assert from_disk == {"read": each, "hash": each, "scatter": each}
     assert counted.files["open rb"] == CHUNKS
-    assert (from_disk["hash"], from_disk["rotate"], from_disk["scatter"]) == (each, [], each)
 
-    from_host = loaded(bench, counted, job)
-    assert from_host == {"read": [], "hash": [], "rotate": [], "scatter": each}
+    assert loaded(bench, counted, job) == {"scatter": each}
 
     # Keys are rotated on their way, not in a pass of their own.
-    moved = loaded(bench, counted, load_job(records, at=3, blocks=range(10, 18)))
-    assert moved == from_host
+    moved = load_job(records, at=3, blocks=range(10, 18))
+    assert loaded(bench, counted, moved) == {"turn and scatter": each}
+
+
+@pytest.mark.parametrize("host_bytes", [0, 1 << 20])
+def test_few_bits_are_dequantised_and_turned_in_as_many_passes_as_others_are_read(
+    counted: Bytes, tmp_path: Path, host_bytes: int
+) -> None:
+    codec = Codec(name="int8", scheme=SCHEME)
+    benches = [
+        Bench(tmp_path / "store", dtype=torch.bfloat16, direct=True, host_bytes=size, codec=codec)
+        for size in (0, host_bytes)
+    ]
+    records = benches[0].capture(capture_job(CHUNK * CHUNKS, blocks=range(1, 8)))
+    each, stored = [CHUNK * benches[0].cache.token_bytes] * CHUNKS, [records[0].num_bytes] * CHUNKS
+
+    found = loaded(benches[1], counted, load_job(records, at=3, blocks=range(10, 18)))
+
+    # What a tier keeps stands where it was computed, and is turned on its way into blocks.
+    written = "turn and scatter" if host_bytes else "scatter"
+    assert found == {"read": stored, "hash": stored, "dequantise": each, written: each}
+    for one in benches:
+        one.close()
 
 
 def test_a_captured_turn_is_copied_off_the_cache_once_and_written_once(bench: Bench, counted: Bytes) -> None:
     reads: list[tuple[int, int]] = []
-    read = bench.cache.read
+    begin_reading = bench.cache.begin_reading
 
-    def counted_read(blocks: Any, start: int, end: int, layers: Any = None) -> Tensor:
+    def counted_reading(blocks: Any, start: int, end: int, layers: Any = None) -> Reading:
         reads.append((start, end))
-        return read(blocks, start, end, layers)
+        return begin_reading(blocks, start, end, layers)
 
-    bench.cache.read = counted_read
+    bench.cache.begin_reading = counted_reading
     bench.capture(capture_job(CHUNK * CHUNKS, blocks=range(1, 8)))
 
     chunk_bytes = CHUNK * bench.cache.token_bytes

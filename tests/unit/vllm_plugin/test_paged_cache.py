@@ -24,6 +24,7 @@ from tests.unit.vllm_plugin.backends import (
     token_rows_nhd,
     transposed_keys,
 )
+from tests.unit.vllm_plugin.told import Told
 
 SIZES = Sizes(B=9, P=4, H=2, D=6)
 MIXED = (token_rows_nhd, interleaved_pairs, transposed_keys, one_layer_of_many, heads_outermost)
@@ -64,6 +65,46 @@ def test_ranges_are_written_and_read_at_any_offset_through_any_block_table(
         part = cache.read(blocks, start, end)
         expected = dense_L2THD[:, :, start:end].contiguous()
         assert torch.equal(part.view(torch.uint8), expected.view(torch.uint8))
+
+
+class OnStreams(PagedCache):
+    """In host memory, and as if a device copied beside what it computes."""
+
+    has_streams = True
+
+
+def test_reading_waits_for_the_device_only_where_it_is_told_to(
+    told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backends = layers_of(interleaved_pairs, interleaved_pairs, dtype=torch.bfloat16)
+    layers = [backend.layer() for backend in backends]
+    expected = PagedCache(layers, SIZES.P).read([3, 1], 1, 7)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *sizes, pin_memory=False, **kwargs: empty(*sizes, **kwargs))
+
+    reading = OnStreams(layers, SIZES.P).begin_reading([3, 1], 1, 7, (0, 1))
+    assert told.said == ["event 1 is behind the model's work"]
+    found = reading.wait()
+    assert told.said[1:] == ["waited for event 1"]
+    assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_blocks_may_be_overwritten_as_soon_as_reading_has_begun() -> None:
+    backends = [token_rows_nhd(SIZES, torch.bfloat16, "cuda") for _ in range(3)]
+    cache = PagedCache([backend.layer() for backend in backends], SIZES.P)
+    expected = cache.read([3, 1, 5], 1, 11)
+    busy = torch.randn(4096, 4096, device="cuda")
+    for _ in range(20):  # so that the copies have not even begun
+        busy = busy @ busy
+
+    reading = cache.begin_reading([3, 1, 5], 1, 11)
+    for backend in backends:
+        backend.memory.zero_()
+
+    assert reading.kv_L2THD.is_pinned()
+    assert torch.equal(reading.wait().view(torch.uint8), expected.view(torch.uint8))
 
 
 def test_position_in_a_sequence_is_the_slot_of_its_block() -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,6 +22,7 @@ from kv_agent.vllm_plugin.streaming import StreamWriter, chunk_writer
 from tests.unit.storage.builders import same_bits
 from tests.unit.vllm_plugin.backends import PACKED, Backend, Sizes, token_rows_nhd
 from tests.unit.vllm_plugin.bench import SCHEME, DenseCache
+from tests.unit.vllm_plugin.told import Told
 
 L = 3
 SIZES = Sizes(B=9, P=4, H=2, D=8)
@@ -76,54 +76,6 @@ def test_layer_by_layer_the_blocks_get_what_the_backend_writes_plainly(
     written_plainly(expected, pieces, blocks)
     for one, other in zip(ours, theirs, strict=True):
         assert same_bits(one.memory, other.memory)
-
-
-class Told:
-    """A device whose streams and events write down what is asked of them."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-        self.streams = 0
-        self.events = 0
-
-    def Stream(self) -> Any:
-        return self._stream("own")
-
-    def current_stream(self) -> Any:
-        return self._stream("the model's")
-
-    def Event(self) -> Any:
-        self.events += 1
-        return self._event(self.events)
-
-    @contextmanager
-    def stream(self, stream: Any) -> Iterator[None]:
-        self.said.append(f"on {stream.name} stream")
-        yield
-        self.said.append(f"off {stream.name} stream")
-
-    def _stream(self, name: str) -> Any:
-        def wait_event(event: Any) -> None:
-            self.said.append(f"{name} stream waits for event {event.number}")
-
-        return type("Stream", (), {"name": name, "wait_event": staticmethod(wait_event)})
-
-    def _event(self, number: int) -> Any:
-        def record(stream: Any) -> None:
-            self.said.append(f"event {number} is behind {stream.name} work")
-
-        def synchronize() -> None:
-            self.said.append(f"waited for event {number}")
-
-        methods = {"record": staticmethod(record), "synchronize": staticmethod(synchronize)}
-        return type("Event", (), {"number": number, **methods})
-
-
-@pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> Told:
-    told = Told()
-    monkeypatch.setattr(torch, "get_device_module", lambda device: told)
-    return told
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -15,6 +15,7 @@ from kv_agent.retrieval.pooling import pool_keys, to_bytes, token_keys
 from kv_agent.retrieval.sketches import from_sketch, to_sketch
 from kv_agent.vllm_plugin import worker as worker_module
 from kv_agent.vllm_plugin.jobs import CaptureJob, ProbeJob
+from kv_agent.vllm_plugin.paged_cache import Reading
 from tests.unit.storage.builders import same_bits
 from tests.unit.vllm_plugin.bench import POOLED, SCHEME, WAIT_S, Bench, capture_job, load_job
 from tests.unit.vllm_plugin.builders import FINGERPRINT, SCOPE
@@ -35,6 +36,53 @@ def test_what_the_engine_writes_after_the_step_is_not_captured(bench: Bench) -> 
     records = bench.store.catalog.chunks([one.key for one in job.segments])
     stored = [bench.store.load(records[one.key]).kv_L2THD for one in job.segments]
     assert same_bits(torch.cat(stored, dim=2), captured)
+
+
+def test_the_thread_that_stores_waits_for_the_copy_and_the_engine_does_not(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: what is copied comes some time after the step."""
+    job = capture_job(16)
+    captured = bench.kv(job.block_ids, 0, 16)
+    arriving, is_there, waiting = torch.zeros_like(captured), threading.Event(), threading.Event()
+
+    class Arrival:
+        def synchronize(self) -> None:
+            waiting.set()
+            assert is_there.wait(WAIT_S)
+            arriving.copy_(captured)
+
+    reading = Reading(kv_L2THD=arriving, is_there=Arrival())
+    monkeypatch.setattr(bench.cache, "begin_reading", lambda *_: reading)
+
+    bench.step(captures=[job])
+    assert bench.sent == {job.request_id}
+    assert waiting.wait(WAIT_S)
+    assert not bench.report.settled
+    is_there.set()
+    bench.step_until(lambda: job.turn_id in bench.report.settled)
+
+    records = bench.store.catalog.chunks([one.key for one in job.segments])
+    stored = [bench.store.load(records[one.key]).kv_L2THD for one in job.segments]
+    assert same_bits(torch.cat(stored, dim=2), captured)
+
+
+def test_a_copy_that_never_comes_is_a_turn_that_is_lost(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fault:
+        def synchronize(self) -> None:
+            raise RuntimeError("the device has failed")
+
+    job = capture_job(16)
+    reading = Reading(kv_L2THD=bench.kv(job.block_ids, 0, 16), is_there=Fault())
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.cache, "begin_reading", lambda *_: reading)
+        assert bench.capture(job) == []
+    assert bench.report.settled == {job.turn_id: "could not be written"}
+
+    later = capture_job(16, name="later")
+    assert len(bench.capture(later)) == len(later.segments)
 
 
 def test_a_turn_is_stored_with_its_text_chunks_and_metadata(bench: Bench) -> None:
