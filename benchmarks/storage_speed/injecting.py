@@ -17,10 +17,11 @@ from torch import Tensor
 
 from benchmarks.storage_speed.timing import interleaved, ratios, spread, timed
 from benchmarks.storage_speed.turns import QWEN
+from kv_agent.kv.block_copy import Piece
 from kv_agent.kv.rope import RotaryScheme, copy_rotated_into
 from kv_agent.vllm_plugin.direct import DirectWriter
 from kv_agent.vllm_plugin.paged_cache import PagedCache, PagedLayer
-from kv_agent.vllm_plugin.staging import Piece, Staging
+from kv_agent.vllm_plugin.staging import Staging
 
 BLOCK_TOKENS = 128  # vLLM's default on a CPU
 CHUNK_TOKENS = 128

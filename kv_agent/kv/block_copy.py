@@ -17,24 +17,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kv_agent.kv import rotation_kernel
 from kv_agent.kv.block_kernels import Layout, Strided, compiled
+from kv_agent.kv.rope import RotaryScheme, turns_by
 from kv_agent.kv.vector_code import VECTOR_BYTES
 
 _WORD_BYTES = 8
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class PlainPiece:
-    """KV ``[L, T, H, D]`` that is, or is to be, at positions ``[start, start + T)`` of a sequence.
+class Piece(NamedTuple):
+    """KV ``[L, 2, T, H, D]`` that is, or is to be, at positions ``[start, start + T)`` of a sequence.
 
-    Each layer of either must be contiguous. ``turn`` is the cosine and sine, float32 ``[F]`` each, by which
-    bfloat16 keys are turned in the planes ``(i, i + F)`` on their way into blocks.
+    That is ``delta`` higher than where it was computed. A tuple, for there may be hundreds in a step.
     """
 
-    key_LTHD: Tensor
-    value_LTHD: Tensor
+    kv_L2THD: Tensor
     start: int
-    turn: tuple[Tensor, Tensor] | None = None
+    delta: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -65,40 +64,48 @@ class BlockCopier:
     key: Strided
     value: Strided
 
-    def scatter(self, pieces: Sequence[PlainPiece], block_ids: Sequence[int]) -> Copying:
-        """What writes the pieces into the sequence whose blocks these are.
+    def turns(self, scheme: RotaryScheme) -> bool:
+        """Whether :meth:`scatter` moves keys that are so rotated."""
+        return scheme.neox and rotation_kernel.serves(self.caches_L[0].dtype, self.caches_L[0].device)
 
-        Raises :class:`ValueError` for what does not fit.
+    def scatter(
+        self, pieces: Sequence[Piece], block_ids: Sequence[int], scheme: RotaryScheme | None = None
+    ) -> Copying:
+        """What writes the pieces into the sequence whose blocks these are, their keys moved.
+
+        Each layer of keys or values must be contiguous. Raises :class:`ValueError` for what does not fit.
         """
-        return self._prepared(pieces, block_ids, to_blocks=True)
+        return self._prepared(pieces, block_ids, scheme, to_blocks=True)
 
-    def gather(self, piece: PlainPiece, block_ids: Sequence[int]) -> Copying:
+    def gather(self, piece: Piece, block_ids: Sequence[int]) -> Copying:
         """What fills the piece from the sequence's blocks; raises as :meth:`scatter` does."""
-        if piece.turn is not None:
-            raise ValueError("keys are turned on their way into blocks only")
-        return self._prepared([piece], block_ids, to_blocks=False)
+        if piece.delta:
+            raise ValueError("keys are moved on their way into blocks only")
+        return self._prepared([piece], block_ids, None, to_blocks=False)
 
     def _prepared(
-        self, pieces: Sequence[PlainPiece], block_ids: Sequence[int], *, to_blocks: bool
+        self,
+        pieces: Sequence[Piece],
+        block_ids: Sequence[int],
+        scheme: RotaryScheme | None,
+        *,
+        to_blocks: bool,
     ) -> Copying:
         blocks = np.array(block_ids, dtype=np.int64)
-        keys = [self._plain(piece.key_LTHD) for piece in pieces]
-        values = [self._plain(piece.value_LTHD) for piece in pieces]
-        starts = np.array([piece.start for piece in pieces], dtype=np.int64)
-        counts = np.array([one.num_tokens for one in keys], dtype=np.int64)
-        if any(key.num_tokens != value.num_tokens for key, value in zip(keys, values, strict=True)):
-            raise ValueError("keys and values must be of as many tokens")
-        self._require_room(starts, starts + counts, blocks)
+        places = np.array([self._place(piece) for piece in pieces], dtype=np.int64).reshape(-1, 5)
+        self._require_room(places[:, 0], places[:, 0] + places[:, 1], blocks)
         # One code for pieces that are turned and others: it is made when an engine starts, not later.
         turns = to_blocks and self.caches_L[0].dtype == torch.bfloat16
-        is_wide = all(one.is_wide for one in (*keys, *values))
-        is_wide = is_wide and not (self._addresses_L % VECTOR_BYTES).any()
+        is_wide = not (places[:, 2:] % _WORD_BYTES).any() and not (self._addresses_L % VECTOR_BYTES).any()
+        starts, counts, keys, values, layer_bytes = np.ascontiguousarray(places.T, dtype=np.uint64)
         arguments = (
-            *(np.array([one.address for one in half], dtype=np.uint64) for half in (keys, values)),
-            *(np.array([one.layer_bytes for one in half], dtype=np.uint64) for half in (keys, values)),
-            starts.astype(np.uint64),
-            counts.astype(np.uint64),
-            *self._turns(pieces),
+            keys,
+            values,
+            layer_bytes,
+            layer_bytes,
+            starts,
+            counts,
+            *self._turns([piece.delta for piece in pieces], scheme),
             self._addresses_L,
             blocks.astype(np.uint64),
         )
@@ -109,16 +116,25 @@ class BlockCopier:
             code=compiled(self._layout(is_wide), to_blocks=to_blocks, turns=turns),
         )
 
-    def _plain(self, x_LTHD: Tensor) -> _Plain:
+    def _place(self, piece: Piece) -> tuple[int, int, int, int, int]:
+        """Start, tokens, where keys and values begin, and the bytes from layer to layer."""
         L, (_, H, D), dtype = len(self.caches_L), self.shape_PHD, self.caches_L[0].dtype
-        shape, strides = x_LTHD.shape, x_LTHD.stride()
-        if len(shape) != 4 or shape[0] != L or shape[1] == 0 or shape[2:] != (H, D):
+        x_L2THD = piece.kv_L2THD
+        shape, strides = x_L2THD.shape, x_L2THD.stride()
+        if shape != (L, 2, num_tokens := shape[2] if len(shape) == 5 else 0, H, D) or num_tokens == 0:
             raise ValueError(f"KV {tuple(shape)} does not fit: {L} layers of {H} heads of {D} are wanted")
-        if x_LTHD.dtype != dtype:
-            raise ValueError(f"KV must be {dtype} as the cache is, got {x_LTHD.dtype}")
-        if strides[1:] != (H * D, D, 1) and not x_LTHD[0].is_contiguous():
-            raise ValueError(f"a layer of KV must be contiguous, got strides {strides}")
-        return _Plain(address=x_LTHD.data_ptr(), layer_bytes=strides[0] * dtype.itemsize, num_tokens=shape[1])
+        if x_L2THD.dtype != dtype:
+            raise ValueError(f"KV must be {dtype} as the cache is, got {x_L2THD.dtype}")
+        if strides[2:] != (H * D, D, 1) and not x_L2THD[0, 0].is_contiguous():
+            raise ValueError(f"a layer of keys or values must be contiguous, got strides {strides}")
+        address = x_L2THD.data_ptr()
+        return (
+            piece.start,
+            num_tokens,
+            address,
+            address + strides[1] * dtype.itemsize,
+            strides[0] * dtype.itemsize,
+        )
 
     def _require_room(self, starts: Any, ends: Any, blocks: Any) -> None:
         P, num_blocks = self.shape_PHD[0], self.caches_L[0].shape[0]
@@ -130,20 +146,16 @@ class BlockCopier:
         if used.min() < 0 or used.max() >= num_blocks:
             raise ValueError(f"blocks {used.tolist()} of a cache of {num_blocks}")
 
-    def _turns(self, pieces: Sequence[PlainPiece]) -> tuple[Any, Any, Any]:
-        """Which pieces are turned, and all cosines and sines ``[N, F]``."""
-        found = {id(piece.turn): piece.turn for piece in pieces if piece.turn is not None}
-        numbers = {turn: number for number, turn in enumerate(found)}
-        num_planes = max((len(cos_F) for cos_F, _ in found.values()), default=0)
-        D, dtype = self.shape_PHD[2], self.caches_L[0].dtype
-        if found and (dtype != torch.bfloat16 or 2 * num_planes > D):
-            raise ValueError(f"{dtype} keys of {D} dims are not turned in {num_planes} planes here")
-        turned_N = np.array([piece.turn is not None for piece in pieces])
-        table = np.zeros((2, max(1, len(found)), num_planes), dtype=np.float32)
-        for number, (cos_F, sin_F) in enumerate(found.values()):
-            table[0, number], table[1, number] = cos_F.numpy(), sin_F.numpy()
-        kinds_N = [numbers.get(id(piece.turn), 0) for piece in pieces]
-        return turned_N, table[0, kinds_N], table[1, kinds_N]
+    def _turns(self, deltas: Sequence[int], scheme: RotaryScheme | None) -> tuple[Any, Any, Any]:
+        """Which pieces are turned, and cosines and sines of all of them, ``[N, F]``."""
+        turned_N = np.array(deltas, dtype=np.int64) != 0
+        if not turned_N.any():
+            nothing = np.zeros((len(deltas), 0), dtype=np.float32)
+            return turned_N, nothing, nothing
+        if scheme is None or not self.turns(scheme) or scheme.rotary_dim > self.shape_PHD[2]:
+            raise ValueError(f"{self.caches_L[0].dtype} keys are not moved by {scheme} here")
+        cos_NF, sin_NF = turns_by(deltas, scheme)
+        return turned_N, cos_NF.numpy(), sin_NF.numpy()
 
     @cached_property
     def _addresses_L(self) -> Any:
@@ -158,16 +170,3 @@ class BlockCopier:
             value=self.value,
             is_wide=is_wide,
         )
-
-
-class _Plain(NamedTuple):
-    """Where layers of something begin."""
-
-    address: int
-    layer_bytes: int
-    num_tokens: int
-
-    @property
-    def is_wide(self) -> bool:
-        """Whether all of them begin where a word may."""
-        return self.address % _WORD_BYTES == 0 and self.layer_bytes % _WORD_BYTES == 0

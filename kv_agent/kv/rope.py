@@ -9,7 +9,7 @@ Legend: P table positions, R rotary dim, F = R / 2 planes, T tokens, H kv heads,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -90,17 +90,6 @@ def copy_rotated_into(out_THD: Tensor, k_THD: Tensor, delta: int, scheme: Rotary
     out_THD[..., scheme.rotary_dim :] = k_THD[..., scheme.rotary_dim :]
 
 
-def turn_of(k_THD: Tensor, delta: int, scheme: RotaryScheme) -> tuple[Tensor, Tensor] | None:
-    """Cosine and sine ``[F]``, float32, that move such keys by ``delta`` in the planes ``(i, i + F)``.
-
-    ``None`` where only :func:`rotate_keys` can move them.
-    """
-    _check_head_dim(k_THD, scheme)
-    if not scheme.neox or not rotation_kernel.serves(k_THD.dtype, k_THD.device):
-        return None
-    return _turn(delta, scheme)
-
-
 @lru_cache(_KNOWN_TURNS)
 def _turn(delta: int, scheme: RotaryScheme) -> tuple[Tensor, Tensor]:
     angles_F = _angles(float(delta), scheme)
@@ -133,8 +122,13 @@ def place_keys(plain_THD: Tensor, start: int, scheme: RotaryScheme) -> Tensor:
 
 def turns_of(start: int, num_tokens: int, scheme: RotaryScheme) -> tuple[Tensor, Tensor]:
     """Cosines and sines ``[T, F]``, float32, by which :func:`place_keys` turns so many tokens."""
-    angles_TF = _angles(_positions(start, num_tokens)[:, None], scheme)
-    return angles_TF.cos().float(), angles_TF.sin().float()
+    return turns_by(range(start, start + num_tokens), scheme)
+
+
+def turns_by(distances: Sequence[int], scheme: RotaryScheme) -> tuple[Tensor, Tensor]:
+    """Cosines and sines ``[N, F]``, float32, that move keys by so many positions."""
+    angles_NF = _angles(torch.tensor(distances, dtype=torch.float64)[:, None], scheme)
+    return angles_NF.cos().float(), angles_NF.sin().float()
 
 
 def _turned_by_position(k_THD: Tensor, start: int, sign: int, scheme: RotaryScheme) -> Tensor:

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Protocol
 
+import torch
+
 from kv_agent.errors import UnsupportedModelError
-from kv_agent.kv.block_copy import BlockCopier, PlainPiece
-from kv_agent.kv.rope import RotaryScheme, rotate_keys, turn_of
+from kv_agent.kv.block_copy import BlockCopier, Piece
+from kv_agent.kv.rope import RotaryScheme, copy_rotated_into
 from kv_agent.vllm_plugin.layer_by_layer import LayerWork
-from kv_agent.vllm_plugin.staging import Piece
 
 # Checks pieces -> what puts them into a sequence's blocks, and has done so when it returns.
 Prepare = Callable[[Iterable[Piece]], LayerWork]
@@ -33,20 +34,21 @@ class DirectWriter:
     def __init__(self, copier: BlockCopier, scheme: RotaryScheme | None) -> None:
         self._copier = copier
         self._scheme = scheme
+        self._turns = scheme is not None and copier.turns(scheme)
 
     def into(self, block_ids: Sequence[int]) -> Prepare:
         """See :class:`ChunkWriter`."""
         return partial(self._prepared, block_ids)
 
     def _prepared(self, block_ids: Sequence[int], pieces: Iterable[Piece]) -> LayerWork:
-        return self._copier.scatter([self._placed(piece) for piece in pieces], block_ids).run
+        placed = [piece if self._turns or not piece.delta else self._moved(piece) for piece in pieces]
+        return self._copier.scatter(placed, block_ids, self._scheme).run
 
-    def _placed(self, piece: Piece) -> PlainPiece:
-        key_LTHD, value_LTHD = piece.kv_L2THD.unbind(1)
-        turn = None
-        if piece.delta:
-            if self._scheme is None:
-                raise UnsupportedModelError("keys cannot be moved, yet a chunk was to be")
-            if (turn := turn_of(key_LTHD, piece.delta, self._scheme)) is None:
-                key_LTHD = rotate_keys(key_LTHD, piece.delta, self._scheme)
-        return PlainPiece(key_LTHD=key_LTHD, value_LTHD=value_LTHD, start=piece.start, turn=turn)
+    def _moved(self, piece: Piece) -> Piece:
+        """The same where it is to be, by torch."""
+        if self._scheme is None:
+            raise UnsupportedModelError("keys cannot be moved, yet a chunk was to be")
+        kv_L2THD = torch.empty_like(piece.kv_L2THD)
+        copy_rotated_into(kv_L2THD[:, 0], piece.kv_L2THD[:, 0], piece.delta, self._scheme)
+        kv_L2THD[:, 1] = piece.kv_L2THD[:, 1]
+        return Piece(kv_L2THD, piece.start)

@@ -10,20 +10,22 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
 
+from torch import Tensor
+
 from kv_agent.chunks import ChunkRecord
 from kv_agent.errors import CorruptChunkError, StorageError
+from kv_agent.kv.block_copy import Piece
 from kv_agent.kv.rope import RotaryScheme, prepare_rotation
 from kv_agent.machine import work_aside
 from kv_agent.storage.blobs import MissingBlobError
 from kv_agent.storage.store import LocalStore
-from kv_agent.storage.tiers import Moved
 from kv_agent.vllm_plugin.direct import Prepare
 from kv_agent.vllm_plugin.guard import attempt
 from kv_agent.vllm_plugin.jobs import ChunkLoad, LoadFailure, LoadJob
 from kv_agent.vllm_plugin.layer_by_layer import LayerByLayer, LayerWork
 from kv_agent.vllm_plugin.paged_cache import PagedCache
 from kv_agent.vllm_plugin.residents import Residents
-from kv_agent.vllm_plugin.staging import Piece, Staging
+from kv_agent.vllm_plugin.staging import Staging
 from kv_agent.vllm_plugin.streaming import chunk_writer
 
 logger = logging.getLogger(__name__)
@@ -194,14 +196,15 @@ class Loader:
             self._store.note_uses(job.chunks)
 
     def _works_of(self, job: LoadJob) -> list[LayerWork]:
-        pieces = [self._resident_piece(chunk) for chunk in job.chunks]
+        found = self._residents.get(job.chunks)
+        pieces = [
+            self._piece(chunk, kv_L2THD, chunk.delta)
+            for chunk, kv_L2THD in zip(job.chunks, found, strict=True)
+        ]
         if self._writer is not None:
             return [self._writer.into(job.block_ids)(pieces)]
         self._staging.write(pieces, job.block_ids)
         return []
-
-    def _resident_piece(self, chunk: ChunkLoad) -> Piece:
-        return self._piece(chunk, Moved(self._residents.get(chunk.key, chunk.checksum), chunk.delta))
 
     # -- in the background ---------------------------------------------------------------------------
 
@@ -219,7 +222,7 @@ class Loader:
         chunk = loading.job.chunks[number]
         record = loading.job.records[chunk.key]
         try:
-            piece = self._piece(chunk, self._store.load(record, chunk.delta))
+            piece = self._piece(chunk, *self._store.load(record, chunk.delta))
         except StorageError as err:
             return self._failure(record, chunk.start, err)
         if loading.prepare is None:
@@ -232,12 +235,11 @@ class Loader:
         self._note_moved(piece.kv_L2THD.nbytes, began)
         return None
 
-    def _piece(self, chunk: ChunkLoad, moved: Moved) -> Piece:
-        kv_L2THD, delta = moved
+    def _piece(self, chunk: ChunkLoad, kv_L2THD: Tensor, delta: int) -> Piece:
         if not self._cache.fits(kv_L2THD):  # the checksum does not cover a blob's header
             raise CorruptChunkError(f"chunk {chunk.key} does not have the shape of this model's KV")
         used_L2THD = kv_L2THD[:, :, chunk.skip :] if chunk.skip else kv_L2THD
-        return Piece(kv_L2THD=used_L2THD, start=chunk.start, delta=delta)
+        return Piece(used_L2THD, chunk.start, delta)
 
     def _failure(self, record: ChunkRecord, start: int, err: StorageError) -> LoadFailure:
         key = record.key

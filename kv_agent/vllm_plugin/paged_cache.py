@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kv_agent.errors import UnsupportedModelError
-from kv_agent.kv.block_copy import BlockCopier, PlainPiece
+from kv_agent.kv.block_copy import BlockCopier, Piece
 from kv_agent.vllm_plugin.guard import attempt
 from kv_agent.vllm_plugin.paging import BlockLayout, SlotWriter, measure_layout, read_slots
 
@@ -123,7 +123,7 @@ class PagedCache:
         """
         if self._copier is not None and layers is None:
             kv_L2THD = torch.empty((self.num_layers, 2, end - start, *self._shape_PHD[1:]), dtype=self.dtype)
-            self._copier.gather(_plain(kv_L2THD, start), block_ids).run()
+            self._copier.gather(Piece(kv_L2THD, start), block_ids).run()
             return Reading(kv_L2THD=kv_L2THD)
         blocks_T, offsets_T = self._slots(block_ids, start, end)
         chosen = range(self.num_layers) if layers is None else layers
@@ -199,9 +199,9 @@ class PagedCache:
         are_read_alike: list[bool] = []
 
         def put(kv_L2THD: Tensor, block_ids: Sequence[int], start: int) -> None:
-            copier.scatter([_plain(kv_L2THD, start)], block_ids).run()
+            copier.scatter([Piece(kv_L2THD, start)], block_ids).run()
             read_L2THD = torch.empty(kv_L2THD.shape, dtype=kv_L2THD.dtype)
-            copier.gather(_plain(read_L2THD, start), block_ids).run()
+            copier.gather(Piece(read_L2THD, start), block_ids).run()
             are_read_alike.append(torch.equal(_bits(read_L2THD), _bits(kv_L2THD)))
 
         return self.puts_alike(put) and all(are_read_alike)
@@ -212,10 +212,6 @@ class PagedCache:
         )
         _check_layout(layer, layout, shape_PHD)
         return layout
-
-
-def _plain(kv_L2THD: Tensor, start: int) -> PlainPiece:
-    return PlainPiece(key_LTHD=kv_L2THD[:, 0], value_LTHD=kv_L2THD[:, 1], start=start)
 
 
 def _bits(x: Tensor) -> Tensor:

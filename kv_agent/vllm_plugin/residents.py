@@ -7,11 +7,13 @@ out of the tiers meanwhile: there is no second place to look and nothing that ca
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from kv_agent.chunks import ChunkKey
+from kv_agent.storage.tiers import StoredChunk
 from kv_agent.vllm_plugin.jobs import ResidentChanges
 
 
@@ -51,15 +53,10 @@ class Residents:
             else:
                 del self._changed[key]
 
-    def get(self, key: ChunkKey, checksum: str) -> Tensor:
-        """The chunk that the scheduler was told of; raises :class:`LookupError` if it never was."""
+    def get(self, chunks: Sequence[StoredChunk]) -> list[Tensor]:
+        """The chunks that the scheduler was told of; raises :class:`LookupError` if it never was."""
         with self._lock:
-            gone = (one for pairs in (self._leaving, *self._gone.values()) for one in pairs)
-            candidates = [(key, self._held[key])] if key in self._held else []
-            for known, resident in (*candidates, *gone):
-                if known == key and resident.checksum == checksum:
-                    return resident.kv_L2THD
-        raise LookupError(f"chunk {key[:8]} is not in memory")
+            return [self._get(chunk.key, chunk.checksum) for chunk in chunks]
 
     def take_changes(self) -> ResidentChanges | None:
         """What the scheduler is to be told."""
@@ -82,3 +79,13 @@ class Residents:
         with self._lock:
             for known in [one for one in self._gone if one <= number]:
                 del self._gone[known]
+
+    def _get(self, key: ChunkKey, checksum: str) -> Tensor:
+        resident = self._held.get(key)
+        if resident is not None and resident.checksum == checksum:
+            return resident.kv_L2THD
+        for pairs in (self._leaving, *self._gone.values()):
+            for known, resident in pairs:
+                if known == key and resident.checksum == checksum:
+                    return resident.kv_L2THD
+        raise LookupError(f"chunk {key[:8]} is not in memory")

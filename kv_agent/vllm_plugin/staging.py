@@ -8,25 +8,16 @@ buffer stays, too: memory that is new costs more than what is done with it here.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kv_agent.errors import UnsupportedModelError
+from kv_agent.kv.block_copy import Piece
 from kv_agent.kv.rope import RotaryScheme, copy_rotated_into
 from kv_agent.vllm_plugin.paged_cache import PagedCache
 
 STAGING_BYTES = 8 << 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Piece:
-    """KV to be written from position ``start`` on, ``delta`` higher than where it was computed."""
-
-    kv_L2THD: Tensor
-    start: int
-    delta: int
 
 
 class Staging:

@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kv_agent.kv.block_copy import Piece
 from kv_agent.kv.rope import RotaryScheme
 from kv_agent.vllm_plugin.direct import ChunkWriter, DirectWriter, Prepare
 from kv_agent.vllm_plugin.guard import attempt
 from kv_agent.vllm_plugin.layer_by_layer import LayerWork
 from kv_agent.vllm_plugin.paged_cache import PagedCache
-from kv_agent.vllm_plugin.staging import Piece, Staging
+from kv_agent.vllm_plugin.staging import Staging
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class StreamWriter:
         """The same from where the device can fetch it by itself."""
         if piece.kv_L2THD.device == self._cache.device:
             return piece
-        return replace(piece, kv_L2THD=piece.kv_L2THD.pin_memory())  # itself if it is pinned
+        return piece._replace(kv_L2THD=piece.kv_L2THD.pin_memory())  # itself if it is pinned
 
     def _write(
         self, block_ids: Sequence[int], are_free: Any, pieces: Sequence[Piece], first: int, end: int
@@ -79,7 +79,7 @@ def chunk_writer(cache: PagedCache, scheme: RotaryScheme | None) -> ChunkWriter 
     writer = StreamWriter(cache, scheme)
 
     def put(kv_L2THD: Tensor, block_ids: Sequence[int], start: int) -> None:
-        writer.into(block_ids)([Piece(kv_L2THD=kv_L2THD, start=start, delta=0)])(0, cache.num_layers)
+        writer.into(block_ids)([Piece(kv_L2THD, start)])(0, cache.num_layers)
 
     if attempt(partial(cache.puts_alike, put), False, "streams are left alone"):
         return writer

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kv_agent.kv.block_copy import BlockCopier, Copying, PlainPiece
+from kv_agent.kv.block_copy import BlockCopier, Copying, Piece
 from kv_agent.kv.block_kernels import Strided
-from kv_agent.kv.rope import RotaryScheme, rotate_keys, turn_of
+from kv_agent.kv.rope import RotaryScheme, rotate_keys
 from kv_agent.vllm_plugin.paged_cache import PagedCache
 from tests.unit.vllm_plugin.backends import (
     PACKED,
@@ -44,10 +43,6 @@ def random_kv(num_tokens: int, sizes: Sizes, dtype: torch.dtype, seed: int) -> T
         0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
     )
     return random_bits.view(dtype)[:, :, 1:]
-
-
-def plain(kv_L2THD: Tensor, start: int) -> PlainPiece:
-    return PlainPiece(key_LTHD=kv_L2THD[:, 0], value_LTHD=kv_L2THD[:, 1], start=start)
 
 
 def slots_of(blocks: list[int], start: int, num_tokens: int) -> Tensor:
@@ -82,13 +77,13 @@ def test_it_writes_what_the_backend_writes_and_reads_what_is_there(
     copier = cache.copier
     assert copier is not None
 
-    copier.scatter([plain(kv_L2THD, start)], blocks).run()
+    copier.scatter([Piece(kv_L2THD, start)], blocks).run()
     reference.write(kv_L2THD, blocks, start)
 
     for one, other in zip(ours, theirs, strict=True):
         assert torch.equal(bits(one.memory), bits(other.memory))
     read_L2THD = torch.empty_like(kv_L2THD)
-    copier.gather(plain(read_L2THD, start), blocks).run()
+    copier.gather(Piece(read_L2THD, start), blocks).run()
     assert torch.equal(bits(read_L2THD), bits(kv_L2THD))
     assert torch.equal(bits(cache.read(blocks, start, start + num_tokens)), bits(kv_L2THD))
 
@@ -98,7 +93,7 @@ def test_it_writes_what_the_backend_writes_and_reads_what_is_there(
 @given(
     build=st.sampled_from(STRIDED),
     lengths=st.lists(
-        st.tuples(st.integers(1, 40), st.sampled_from([None, 1, -700, 4000])), min_size=1, max_size=6
+        st.tuples(st.integers(1, 40), st.just(0) | st.integers(-100_000, 100_000)), min_size=1, max_size=6
     ),
     gap=st.integers(0, 40) | st.just(0),
     layers=st.sampled_from([(0, L), (1, 2)]),
@@ -107,7 +102,7 @@ def test_it_writes_what_the_backend_writes_and_reads_what_is_there(
 )
 def test_many_pieces_are_turned_and_written_layer_by_layer(
     build: Build,
-    lengths: list[tuple[int, int | None]],
+    lengths: list[tuple[int, int]],
     gap: int,
     layers: tuple[int, int],
     num_planes: int,
@@ -125,16 +120,15 @@ def test_many_pieces_are_turned_and_written_layer_by_layer(
             break
         shape = (L, 2, num_tokens, TALL.H, TALL.D)
         kv_L2THD = torch.randn(shape, generator=torch.Generator().manual_seed(seed + number)).bfloat16()
-        turn = None if delta is None else turn_of(kv_L2THD[:, 0], delta, scheme)
-        pieces.append(replace(plain(kv_L2THD, start), turn=turn))
+        pieces.append(Piece(kv_L2THD, start, delta))
         moved_L2THD = kv_L2THD.clone()
-        moved_L2THD[:, 0] = rotate_keys(kv_L2THD[:, 0], delta or 0, scheme)
+        moved_L2THD[:, 0] = rotate_keys(kv_L2THD[:, 0], delta, scheme)
         for layer in range(*layers):
             reference._layers[layer].write(*moved_L2THD[layer], slots_of(blocks, start, num_tokens))
         start += num_tokens + gap
     assert cache.copier is not None
 
-    cache.copier.scatter(pieces, blocks).run(*layers)
+    cache.copier.scatter(pieces, blocks, scheme).run(*layers)
 
     for one, other in zip(ours, theirs, strict=True):
         assert torch.equal(bits(one.memory), bits(other.memory))
@@ -153,7 +147,7 @@ def test_threads_write_parts_of_one_block_side_by_side(build: Build, sizes: Size
 
     def write(position: int) -> None:
         part_L2THD = kv_L2THD[:, :, position : position + step]
-        copier.scatter([plain(part_L2THD, position)], blocks).run()
+        copier.scatter([Piece(part_L2THD, position)], blocks).run()
 
     for _ in range(20):
         with ThreadPoolExecutor(4) as threads:
@@ -172,8 +166,8 @@ def test_there_is_none_where_layers_differ() -> None:
 
 
 def test_there_is_none_where_it_would_not_do_as_the_backend_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(self: BlockCopier, pieces: list[PlainPiece], blocks: list[int]) -> Copying:
-        return scatter(self, [replace(piece, key_LTHD=piece.key_LTHD + 1) for piece in pieces], blocks)
+    def wrong(self: BlockCopier, pieces: list[Piece], blocks: list[int]) -> Copying:
+        return scatter(self, [piece._replace(kv_L2THD=piece.kv_L2THD + 1) for piece in pieces], blocks)
 
     scatter = BlockCopier.scatter
     monkeypatch.setattr(BlockCopier, "scatter", wrong)
@@ -197,7 +191,7 @@ def test_what_does_not_fit_the_blocks_is_refused(num_tokens: int, blocks: list[i
     assert cache.copier is not None
 
     with pytest.raises(ValueError, match="block"):
-        cache.copier.scatter([plain(kv_L2THD, start)], blocks)
+        cache.copier.scatter([Piece(kv_L2THD, start)], blocks)
 
     assert torch.equal(bits(backends[0].memory), bits(before))
 
@@ -206,13 +200,33 @@ def test_kv_of_another_shape_or_order_is_refused() -> None:
     caches = [torch.zeros(B, P, 2, 8) for _ in range(L)]
     rows = Strided(first=0, token=16, head=8, dim=1)
     copier = BlockCopier(caches_L=caches, block_items=64, shape_PHD=(P, 2, 8), key=rows, value=rows)
-    for key_LTHD in (torch.zeros(L, 3, 2, 9), torch.zeros(L + 1, 3, 2, 8), torch.zeros(L, 3, 8, 2)):
+    for shape in (
+        (L, 2, 3, 2, 9),
+        (L + 1, 2, 3, 2, 8),
+        (L, 2, 3, 8, 2),
+        (L, 1, 3, 2, 8),
+        (L, 2, 0, 2, 8),
+        (L, 2),
+    ):
         with pytest.raises(ValueError, match="does not fit"):
-            copier.scatter([PlainPiece(key_LTHD=key_LTHD, value_LTHD=key_LTHD, start=0)], [1])
-    fine = PlainPiece(key_LTHD=torch.zeros(L, 3, 2, 8), value_LTHD=torch.zeros(L, 3, 2, 8), start=0)
+            copier.scatter([Piece(torch.zeros(shape), 0)], [1])
+    fine_L2THD = torch.zeros(L, 2, 3, 2, 8)
     with pytest.raises(ValueError, match="contiguous"):
-        copier.scatter([replace(fine, key_LTHD=torch.zeros(L, 2, 3, 8).transpose(1, 2))], [1])
+        copier.scatter([Piece(torch.zeros(L, 2, 2, 3, 8).transpose(2, 3), 0)], [1])
     with pytest.raises(ValueError, match="must be torch"):
-        copier.scatter([replace(fine, value_LTHD=fine.value_LTHD.half())], [1])
-    with pytest.raises(ValueError, match="turned"):
-        copier.scatter([replace(fine, turn=(torch.ones(4), torch.zeros(4)))], [1])
+        copier.scatter([Piece(fine_L2THD.half(), 0)], [1])
+    scheme = RotaryScheme(inv_freq=(1.0, 0.5), rotary_dim=4, neox=True)
+    for one in (None, scheme):  # float32 keys are turned by torch, before
+        with pytest.raises(ValueError, match="not moved"):
+            copier.scatter([Piece(fine_L2THD, 0, 1)], [1], one)
+    with pytest.raises(ValueError, match="on their way into blocks"):
+        copier.gather(Piece(fine_L2THD, 0, 1), [1])
+
+
+def test_planes_beyond_a_head_are_refused() -> None:
+    caches = [torch.zeros(B, P, 2, 8, dtype=torch.bfloat16) for _ in range(L)]
+    rows = Strided(first=0, token=16, head=8, dim=1)
+    copier = BlockCopier(caches_L=caches, block_items=64, shape_PHD=(P, 2, 8), key=rows, value=rows)
+    scheme = RotaryScheme(inv_freq=(1.0,) * 5, rotary_dim=10, neox=True)
+    with pytest.raises(ValueError, match="not moved"):
+        copier.scatter([Piece(torch.zeros(L, 2, 3, 2, 8, dtype=torch.bfloat16), 0, 1)], [1], scheme)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kv_agent.chunks import ChunkRecord
 from kv_agent.kv import dequantise_kernel
-from kv_agent.kv.block_copy import Copying, PlainPiece
+from kv_agent.kv.block_copy import Copying, Piece
 from kv_agent.storage.catalog import Catalog
 from kv_agent.storage.codecs import Codec
 from kv_agent.vllm_plugin import direct
@@ -103,18 +103,17 @@ def test_a_request_that_is_captured_asks_twice_for_every_stored_chunk_it_begins_
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bytes:
     counted = count_bytes(monkeypatch, tmp_path)
-    scatter, rotate = DenseCopier.scatter, direct.rotate_keys
+    scatter, rotate = DenseCopier.scatter, direct.copy_rotated_into
     dequantised = dequantise_kernel.dequantised
 
-    def counted_scatter(self: DenseCopier, pieces: Sequence[PlainPiece], blocks: Sequence[int]) -> Copying:
+    def counted_scatter(self: DenseCopier, pieces: Sequence[Piece], *arguments: Any) -> Copying:
         for piece in pieces:
-            what = "scatter" if piece.turn is None else "turn and scatter"
-            counted.note(what, piece.key_LTHD.nbytes + piece.value_LTHD.nbytes)
-        return scatter(self, pieces, blocks)
+            counted.note("turn and scatter" if piece.delta else "scatter", piece.kv_L2THD.nbytes)
+        return scatter(self, pieces, *arguments)
 
-    def counted_rotate(keys: Tensor, *rest: Any) -> Tensor:
-        counted.note("rotate", keys.nbytes)
-        return rotate(keys, *rest)
+    def counted_rotate(out: Tensor, *rest: Any) -> None:
+        counted.note("rotate", out.nbytes)
+        rotate(out, *rest)
 
     def counted_dequantised(*arguments: Any) -> Tensor:
         kv_L2THD = dequantised(*arguments)
@@ -123,7 +122,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bytes:
 
     monkeypatch.setattr(dequantise_kernel, "dequantised", counted_dequantised)
     monkeypatch.setattr(DenseCopier, "scatter", counted_scatter)
-    monkeypatch.setattr(direct, "rotate_keys", counted_rotate)
+    monkeypatch.setattr(direct, "copy_rotated_into", counted_rotate)
     return counted
 
 

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kv_agent.errors import UnsupportedModelError
+from kv_agent.kv.block_copy import Piece
 from kv_agent.kv.rope import rotate_keys
-from kv_agent.vllm_plugin.staging import Piece, Staging
+from kv_agent.vllm_plugin.staging import Staging
 from tests.unit.storage.builders import same_bits
 from tests.unit.vllm_plugin.bench import NUM_BLOCKS, SCHEME, D, DenseCache, H, L, P
 

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kv_agent.kv.block_copy import Piece
 from kv_agent.kv.rope import rotate_keys
 from kv_agent.vllm_plugin import streaming
 from kv_agent.vllm_plugin.direct import DirectWriter
 from kv_agent.vllm_plugin.paged_cache import PagedCache
-from kv_agent.vllm_plugin.staging import Piece
 from kv_agent.vllm_plugin.streaming import StreamWriter, chunk_writer
 from tests.unit.storage.builders import same_bits
 from tests.unit.vllm_plugin.backends import PACKED, Backend, Sizes, token_rows_nhd
