@@ -121,7 +121,8 @@ class BlockCopier:
         L, (_, H, D), dtype = len(self.caches_L), self.shape_PHD, self.caches_L[0].dtype
         x_L2THD = piece.kv_L2THD
         shape, strides = x_L2THD.shape, x_L2THD.stride()
-        if shape != (L, 2, num_tokens := shape[2] if len(shape) == 5 else 0, H, D) or num_tokens == 0:
+        num_tokens = shape[2] if len(shape) == 5 else 0
+        if num_tokens == 0 or shape != (L, 2, num_tokens, H, D):
             raise ValueError(f"KV {tuple(shape)} does not fit: {L} layers of {H} heads of {D} are wanted")
         if x_L2THD.dtype != dtype:
             raise ValueError(f"KV must be {dtype} as the cache is, got {x_L2THD.dtype}")
