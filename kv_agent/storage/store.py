@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,15 +33,14 @@ from kv_agent.storage.ledger import Gone
 from kv_agent.storage.policy import Policy, policy_named
 from kv_agent.storage.ranking import AccessWindow
 from kv_agent.storage.retention import Retention, default_disk_bytes
-from kv_agent.storage.tier_stack import TierStack, memory_tiers
+from kv_agent.storage.tier_stack import Move, TierStack, memory_tiers
 from kv_agent.storage.tiers import DiskTier, Moved, StoredChunk, TierWatcher
 from kv_agent.storage.turn_writes import AddResult, UnknownChunkError
 
 logger = logging.getLogger(__name__)
 
 _PUT_ATTEMPTS = 3
-# Turns that go under one hold of the catalog's write lock: others wait meanwhile.
-_EXPIRED_AT_ONCE = 100
+_EXPIRED_AT_ONCE = 100  # turns, under one hold of the catalog's write lock: others wait meanwhile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -141,20 +140,19 @@ class LocalStore:
         When this returns, the turn survives a crash of the process and, if the store syncs, a power loss.
         Content chunks named in ``turn.chunk_keys`` may be left out of ``content`` when they are stored
         already, and such context be given as a bare key. With ``is_part`` context is added to a turn that
-        must be there.
-
-        Then turns go that exceed the limits now; this one does if there is no room for it at all.
+        must be there. Then turns go that exceed the limits; this one does if there is no room for it at all.
         """
         turn = self._evictor.with_expiry(turn)
-        given = {chunk.key for chunk in (*context, *content) if isinstance(chunk, NewChunk)}
-        for _ in range(_PUT_ATTEMPTS - 1):
-            try:
-                return self._put_turn(turn, context, content, is_part)
-            except UnknownChunkError as err:
-                if not err.keys <= given:
-                    raise
-                # Another process forgot a chunk after we had found it stored: write it this time.
-        return self._put_turn(turn, context, content, is_part)
+        given = {chunk.key: chunk for chunk in (*context, *content) if isinstance(chunk, NewChunk)}
+        with self._tiers.entering(given) as moves:
+            for _ in range(_PUT_ATTEMPTS - 1):
+                try:
+                    return self._put_turn(turn, context, content, given, moves, is_part)
+                except UnknownChunkError as err:
+                    if not err.keys <= given.keys():
+                        raise
+                    # Another process forgot a chunk after we had found it stored: it is written now.
+            return self._put_turn(turn, context, content, given, moves, is_part)
 
     def make_room(self, scope: Scope, stored: TurnId, *, is_new: bool = True) -> None:
         """Let turns go that exceed the limits now that this one is stored; after trouble the next tries.
@@ -205,13 +203,14 @@ class LocalStore:
 
     def forget(self, turn_ids: Iterable[TurnId]) -> None:
         """Delete turns and whatever bytes only they used; unknown ids are fine."""
-        ids = list(turn_ids)
-        keys = self._catalog.chunk_keys_of_turns(ids)
+        keys = self._catalog.chunk_keys_of_turns(ids := list(turn_ids))
         unused_blobs = self._catalog.forget(ids)
-        for key in keys - self._catalog.chunks(keys).keys():
-            self._tiers.discard(key)
-        for relpath in unused_blobs:
-            self._blobs.delete(relpath)
+        try:
+            for relpath in unused_blobs:
+                self._blobs.delete(relpath)
+        finally:  # behind that, for who reads them meanwhile would keep a copy
+            for key in keys - self._catalog.chunks(keys).keys():
+                self._tiers.discard(key)
 
     def forget_expired(self, now: float) -> int:
         """Delete turns whose time is over at ``now`` (Unix time), as :meth:`forget` does -> how many."""
@@ -305,9 +304,10 @@ class LocalStore:
         turn: TurnRecord,
         context: Sequence[NewChunk | ChunkKey],
         content: Sequence[NewChunk],
+        chunks: Mapping[ChunkKey, NewChunk],
+        moves: Mapping[ChunkKey, Move],
         is_part: bool,
     ) -> AddResult:
-        chunks = {chunk.key: chunk for chunk in (*context, *content) if isinstance(chunk, NewChunk)}
         stored = self._catalog.chunks(chunks)
         live = {key for key, record in stored.items() if not record.quarantined}
         new = {key: chunk for key, chunk in chunks.items() if key not in live}
@@ -346,15 +346,15 @@ class LocalStore:
         self._delete_unused(result.unused_blobs)
         for key in result.new_chunks:
             if isinstance(kv := new[key].kv, Tensor):
-                self._tiers.put(records[key], kv)
+                self._tiers.put(records[key], kv, moves[key])
         if self._makes_room:
             self.make_room(turn.scope, result.turn_id, is_new=result.new_turn)
         return result
 
     def _let_go(self, gone: Gone) -> None:
+        self._delete_unused(gone.blobs)  # first, as in `forget`
         for key in gone.keys:
             self._tiers.discard(key)
-        self._delete_unused(gone.blobs)
 
     def _delete_unused(self, relpaths: Iterable[str]) -> None:
         for relpath in relpaths:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +45,7 @@ MAX_MOVING_BYTES = 64 << 20
 _GIVEN_BACK_BYTES = 64 << 20  # that left the tiers: their memory goes back to the system at once
 
 
-class _Move:
+class Move:
     """A chunk on its way into a tier; ``is_off`` once it was discarded or another copy came first."""
 
     def __init__(self) -> None:
@@ -109,7 +109,7 @@ class TierStack:
         self._max_moving_bytes = max_moving_bytes
         self._moving_bytes = 0
         self._left_bytes = 0  # since memory was given back
-        self._moves: dict[ChunkKey, set[_Move]] = {}
+        self._moves: dict[ChunkKey, set[Move]] = {}
         self._lock = threading.Lock()
 
     def load(self, record: ChunkRecord, delta: int = 0) -> Moved:
@@ -144,11 +144,16 @@ class TierStack:
         for tier in self._memory:
             tier.watch(watcher)
 
-    def put(self, record: ChunkRecord, kv_L2THD: Tensor) -> None:
+    @contextmanager
+    def entering(self, keys: Iterable[ChunkKey]) -> Iterator[Mapping[ChunkKey, Move]]:
+        """Moves of chunks that are about to be stored: who forgets one at once keeps its copy out, too."""
+        with ExitStack() as stack:
+            yield {key: stack.enter_context(self._moving(key)) for key in keys}
+
+    def put(self, record: ChunkRecord, kv_L2THD: Tensor, move: Move) -> None:
         """Keep a copy of a chunk that is on the disk now; ``kv_L2THD`` is never modified afterwards."""
         chunk = self._chunk(record, kv_L2THD, num_hits=0)
-        with self._moving(record.key) as move:
-            self._place(move, chunk, range(self._entry, len(self._memory)), is_promotion=False)
+        self._place(move, chunk, range(self._entry, len(self._memory)), is_promotion=False)
 
     def discard(self, key: ChunkKey) -> None:
         """Drop the copy of a chunk, one that is on its way, too; an absent one is fine."""
@@ -190,14 +195,14 @@ class TierStack:
         return _Chunk(key=stored.key, checksum=stored.checksum, kv_L2THD=kv_L2THD, usage=usage)
 
     @contextmanager
-    def _look_up(self, chunk: StoredChunk) -> Iterator[tuple[_Move, bool]]:
+    def _look_up(self, chunk: StoredChunk) -> Iterator[tuple[Move, bool]]:
         """A move that may be made of it, and whether it is asked for often enough to be made."""
         with self._lock:
             moves_up = self._accesses.note(chunk.key)
         with self._moving(chunk.key) as move:
             yield move, moves_up
 
-    def _moved_up(self, move: _Move, stored: StoredChunk, tier_idx: int, kv_L2THD: Tensor) -> Tensor:
+    def _moved_up(self, move: Move, stored: StoredChunk, tier_idx: int, kv_L2THD: Tensor) -> Tensor:
         """What that tier gave, put into a faster one if there is one."""
         chunk = self._chunk(stored, kv_L2THD, num_hits=1)
         return self._place(move, chunk, range(tier_idx), is_promotion=True)
@@ -216,7 +221,7 @@ class TierStack:
                 return tier_idx, kv_L2THD
         return None
 
-    def _place(self, move: _Move, chunk: _Chunk, tiers: range, *, is_promotion: bool) -> Tensor:
+    def _place(self, move: Move, chunk: _Chunk, tiers: range, *, is_promotion: bool) -> Tensor:
         """Put a chunk into the first of these tiers that can hold it -> as it is there, or still on a GPU.
 
         What it pushes out goes further down later. Nothing happens if the move is called off.
@@ -252,7 +257,7 @@ class TierStack:
             return payload
         return chunk.kv_L2THD
 
-    def _push_down(self, held: Held, move: _Move, tier: MemoryTier, below: range) -> None:
+    def _push_down(self, held: Held, move: Move, tier: MemoryTier, below: range) -> None:
         try:
             kv_L2THD = tier.give(held)
             chunk = _Chunk(key=held.key, checksum=held.checksum, kv_L2THD=kv_L2THD, usage=held.usage)
@@ -274,13 +279,13 @@ class TierStack:
         self._moving_bytes += num_bytes
         return True
 
-    def _arrived(self, held: Held, move: _Move) -> None:
+    def _arrived(self, held: Held, move: Move) -> None:
         self._end(held.key, move)
         with self._lock:
             self._moving_bytes -= held.payload.nbytes
 
     @contextmanager
-    def _moving(self, key: ChunkKey) -> Iterator[_Move]:
+    def _moving(self, key: ChunkKey) -> Iterator[Move]:
         with self._lock:
             move = self._begin(key)
         try:
@@ -288,12 +293,12 @@ class TierStack:
         finally:
             self._end(key, move)
 
-    def _begin(self, key: ChunkKey) -> _Move:
-        move = _Move()
+    def _begin(self, key: ChunkKey) -> Move:
+        move = Move()
         self._moves.setdefault(key, set()).add(move)
         return move
 
-    def _end(self, key: ChunkKey, move: _Move) -> None:
+    def _end(self, key: ChunkKey, move: Move) -> None:
         with self._lock:
             moves = self._moves.get(key, set())
             moves.discard(move)

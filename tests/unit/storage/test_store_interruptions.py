@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +15,7 @@ from kv_agent.storage.blobs import BlobFiles
 from kv_agent.storage.catalog import Catalog
 from kv_agent.storage.store import LocalStore
 from kv_agent.storage.turn_writes import AddResult, UnknownChunkError
-from tests.unit.storage.builders import FINGERPRINT, SPAWN, chain, turn_of
+from tests.unit.storage.builders import FINGERPRINT, SPAWN, chain, kv_of, same_bits, turn_of
 from tests.unit.storage.stores import blob_files, counts, holds, store_root
 
 pytestmark = pytest.mark.slow
@@ -40,6 +42,52 @@ def test_whoever_loses_the_race_for_the_same_chunks_deletes_its_own_blob(
     assert len(blob_files(store)) == 1
     assert holds(store, content)
     rival.close()
+
+
+def test_a_turn_that_is_forgotten_the_moment_it_is_stored_leaves_no_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LocalStore(tmp_path, host_bytes=1 << 20)
+    content = chain(3, 4)
+    add_turn = Catalog.add_turn
+
+    def forgotten_at_once(catalog: Catalog, *args: Any, **kwargs: Any) -> AddResult:
+        result = add_turn(catalog, *args, **kwargs)
+        store.forget([result.turn_id])
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Catalog, "add_turn", forgotten_at_once)
+        store.put_turn(turn_of(content), [], content)
+
+    assert (store.stats()["host_bytes"], blob_files(store)) == (0, [])
+    store.put_turn(turn_of(content), [], content)
+    assert store.stats()["host_chunks"] == len(content)
+    store.close()
+
+
+@pytest.mark.parametrize("is_evicted", [False, True])
+def test_a_chunk_that_is_read_while_it_is_forgotten_leaves_no_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_evicted: bool
+) -> None:
+    store = LocalStore(tmp_path, host_bytes=1 << 20)
+    (chunk,) = content = chain(3)
+    store.put_turn(replace(turn_of(content), expires=5.0), [], content)
+    record = store.catalog.chunks([chunk.key])[chunk.key]
+    delete = BlobFiles.delete
+
+    def read_first(blobs: BlobFiles, relpath: str) -> None:
+        assert same_bits(store.load(record).kv_L2THD, kv_of(chunk))
+        delete(blobs, relpath)
+
+    monkeypatch.setattr(BlobFiles, "delete", read_first)
+    if is_evicted:
+        assert store.forget_expired(6.0) == 1
+    else:
+        store.forget([TurnId("turn-1")])
+
+    assert (store.stats()["host_bytes"], blob_files(store)) == (0, [])
+    store.close()
 
 
 @pytest.mark.parametrize("as_context", [True, False])

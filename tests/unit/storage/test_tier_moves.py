@@ -19,7 +19,7 @@ from kv_agent.storage.tier_stack import TierStack, memory_tiers
 from kv_agent.storage.tiers import MemoryTier, OnHost
 from tests.unit.storage.builders import chain, kv_of, record_of, same_bits
 from tests.unit.storage.clock import Clock
-from tests.unit.storage.tier_parts import WAIT_S, AtOnce, Disk, SlowForm
+from tests.unit.storage.tier_parts import WAIT_S, AtOnce, Disk, SlowForm, put
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_what_is_forgotten_on_its_way_into_a_tier_does_not_arrive(slow: SlowForm
     )
     do = {
         "load": lambda: stack.load(record_of(chunk)),
-        "put": lambda: stack.put(record_of(chunk), kv_of(chunk)),
+        "put": lambda: put(stack, chunk),
     }[way]
     thread = threading.Thread(target=do)
     thread.start()
@@ -72,7 +72,7 @@ class PushedOut:
         disk = Disk([self.first, self.second])
         self.stack = TierStack([self.host, self.warm], disk.tier, AccessWindow(1), self.background)
         for chunk in (self.first, self.second):
-            self.stack.put(record_of(chunk), kv_of(chunk))
+            put(self.stack, chunk)
         assert self.slow.begun.wait(WAIT_S)
 
     def arrive(self) -> None:

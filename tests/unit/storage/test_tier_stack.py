@@ -25,7 +25,7 @@ from tests.unit.storage.builders import chain, kv_of, record_of, same_bits
 from tests.unit.storage.clock import Clock
 from tests.unit.storage.plain_tiers import NAMES, PlainTiers
 from tests.unit.storage.threads import run_threads
-from tests.unit.storage.tier_parts import AtOnce, Disk, compressible, packed_bytes
+from tests.unit.storage.tier_parts import AtOnce, Disk, compressible, packed_bytes, put
 
 
 def tiers_of(limits: Sequence[int], policy: Policy, clock: Clock) -> list[MemoryTier]:
@@ -64,7 +64,7 @@ def test_tiers_do_what_brute_force_does(policy_name: str, promote_after: int, se
                 stack.note_uses([record_of(one) for one in used])
                 model.note_uses(used, clock.now)
             case "put":
-                stack.put(record_of(chunk), kv_of(chunk))
+                put(stack, chunk)
                 model.put(chunk, clock.now)
             case "discard":
                 stack.discard(chunk.key)
@@ -94,7 +94,7 @@ def test_threads_keep_sums_exact_and_copies_in_one_tier() -> None:
                 if not same_bits(stack.load(record_of(chunk)).kv_L2THD, kv_of(chunk)):
                     wrong.append(f"{chunk.key} has other bytes")
             elif action < 0.9:
-                stack.put(record_of(chunk), kv_of(chunk))
+                put(stack, chunk)
             else:
                 stack.discard(chunk.key)
             counts = stack.counts()
@@ -142,7 +142,7 @@ def test_other_bytes_under_the_same_key_are_never_served() -> None:
     disk = Disk([new])
     (host,) = memory_tiers(device_bytes=0, host_bytes=9999, warm_bytes=0, device=None, policy=POLICIES["lru"])
     stack = TierStack([host], disk.tier, AccessWindow(1), AtOnce())
-    stack.put(record_of(old), kv_of(old))
+    put(stack, old)
 
     for _ in range(2):
         assert same_bits(stack.load(record_of(new)).kv_L2THD, kv_of(new))
@@ -203,7 +203,7 @@ def test_compressed_bytes_that_memory_damaged_are_read_from_disk_again() -> None
     disk = Disk([chunk])
     (warm,) = memory_tiers(device_bytes=0, host_bytes=0, warm_bytes=9999, device=None, policy=POLICIES["lru"])
     stack = TierStack([warm], disk.tier, AccessWindow(1), AtOnce())
-    stack.put(record_of(chunk), kv_of(chunk))
+    put(stack, chunk)
     payload = warm._held[chunk.key].payload
     assert not isinstance(payload, Tensor)
     payload.data[-1] ^= 1

@@ -16,8 +16,9 @@ from kv_agent.storage.blobs import MissingBlobError
 from kv_agent.storage.codecs import Payload
 from kv_agent.storage.compression import compress
 from kv_agent.storage.store import NewChunk
+from kv_agent.storage.tier_stack import TierStack
 from kv_agent.storage.tiers import DiskTier, Moved
-from tests.unit.storage.builders import chain, kv_of
+from tests.unit.storage.builders import chain, kv_of, record_of
 
 WAIT_S = 30.0
 
@@ -64,6 +65,11 @@ class SlowForm:
     def give(self, payload: Payload) -> Tensor:
         assert isinstance(payload, Tensor)
         return payload
+
+
+def put(stack: TierStack, chunk: NewChunk) -> None:
+    with stack.entering([chunk.key]) as moves:
+        stack.put(record_of(chunk), kv_of(chunk), moves[chunk.key])
 
 
 def compressible(num_tokens: int, number: int) -> NewChunk:
