@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from kv_agent.chunks import TurnId, TurnRecord
 from kv_agent.errors import StorageError
@@ -19,6 +20,13 @@ from kv_agent.vllm_plugin.paged_cache import Reading
 from tests.unit.storage.builders import same_bits
 from tests.unit.vllm_plugin.bench import POOLED, SCHEME, WAIT_S, Bench, capture_job, load_job
 from tests.unit.vllm_plugin.builders import FINGERPRINT, SCOPE
+
+
+def stored(bench: Bench, job: CaptureJob) -> Tensor:
+    """What the store has of the job's tokens, one behind the other."""
+    records = bench.store.catalog.chunks([one.key for one in job.segments])
+    return torch.cat([bench.store.load(records[one.key]).kv_L2THD for one in job.segments], dim=2)
+
 
 # -- what is stored ---------------------------------------------------------------------------------
 
@@ -33,9 +41,7 @@ def test_what_the_engine_writes_after_the_step_is_not_captured(bench: Bench) -> 
     bench.cache.memory_L2SHD.zero_()
     bench.store.may_put.set()
     bench.step_until(lambda: job.turn_id in bench.report.settled)
-    records = bench.store.catalog.chunks([one.key for one in job.segments])
-    stored = [bench.store.load(records[one.key]).kv_L2THD for one in job.segments]
-    assert same_bits(torch.cat(stored, dim=2), captured)
+    assert same_bits(stored(bench, job), captured)
 
 
 def test_the_thread_that_stores_waits_for_the_copy_and_the_engine_does_not(
@@ -62,9 +68,7 @@ def test_the_thread_that_stores_waits_for_the_copy_and_the_engine_does_not(
     is_there.set()
     bench.step_until(lambda: job.turn_id in bench.report.settled)
 
-    records = bench.store.catalog.chunks([one.key for one in job.segments])
-    stored = [bench.store.load(records[one.key]).kv_L2THD for one in job.segments]
-    assert same_bits(torch.cat(stored, dim=2), captured)
+    assert same_bits(stored(bench, job), captured)
 
 
 def test_a_copy_that_never_comes_is_a_turn_that_is_lost(
