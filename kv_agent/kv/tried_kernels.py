@@ -27,5 +27,8 @@ def judge(kernel: str, found: Tensor, by_torch: Tensor) -> None:
         return
     about = {"event": "kernel_unavailable"}
     logger.warning(
-        "torch does what Triton's kernel for %s does otherwise on %s", kernel, found.device, extra=about
+        "Triton's kernel for %s is left alone, for it differs from torch on %s",
+        kernel,
+        found.device,
+        extra=about,
     )

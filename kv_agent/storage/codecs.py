@@ -122,7 +122,7 @@ class Codec:
             assert data_N is not None  # so small numbers have a scale
             coded = Coded(codec=base, dtype=dtype, shape=shape, data=data_N)
             found = _on_device(coded, _TRIED_START, self.scheme, _BITS[base], self.device)
-            expected = _dequantised(coded, _TRIED_START, self.scheme, _BITS[base])
+            expected = _on_cpu(coded, _TRIED_START, self.scheme, _BITS[base])
             tried_kernels.judge(dequantise_gpu.kernel(_BITS[base]), found, expected)
 
     def _dequantised(self, coded: Coded, start: int, scheme: RotaryScheme, bits: int) -> Tensor:
@@ -130,7 +130,7 @@ class Codec:
         if device is not None and scheme.neox and tried_kernels.works(kernel, coded.dtype, device):
             with suppress(torch.OutOfMemoryError):  # the engine needs the GPU's memory more
                 return _on_device(coded, start, scheme, bits, device)
-        return _dequantised(coded, start, scheme, bits)
+        return _on_cpu(coded, start, scheme, bits)
 
 
 PLAIN = Codec()
@@ -158,7 +158,7 @@ def _quantised(kv_L2THD: Tensor, start: int, scheme: RotaryScheme, bits: int) ->
         return None
 
 
-def _dequantised(coded: Coded, start: int, scheme: RotaryScheme, bits: int) -> Tensor:
+def _on_cpu(coded: Coded, start: int, scheme: RotaryScheme, bits: int) -> Tensor:
     keys, values = _layouts(coded.shape, bits)
     of_keys, of_values = coded.data[: keys.num_bytes], coded.data[keys.num_bytes :]
     if scheme.neox and dequantise_kernel.serves(coded.shape, coded.dtype, scheme.rotary_dim, coded.data):

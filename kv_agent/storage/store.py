@@ -34,7 +34,7 @@ from kv_agent.storage.policy import Policy, policy_named
 from kv_agent.storage.ranking import AccessWindow
 from kv_agent.storage.retention import Retention, default_disk_bytes
 from kv_agent.storage.tier_stack import Move, TierStack, memory_tiers
-from kv_agent.storage.tiers import DiskTier, Moved, StoredChunk, TierWatcher
+from kv_agent.storage.tiers import DiskTier, Loaded, StoredChunk, TierWatcher
 from kv_agent.storage.turn_writes import AddResult, UnknownChunkError
 
 logger = logging.getLogger(__name__)
@@ -173,7 +173,7 @@ class LocalStore:
         """
         self._catalog.ledger.set_retention(namespace, retention)
 
-    def load(self, record: ChunkRecord, delta: int = 0) -> Moved:
+    def load(self, record: ChunkRecord, delta: int = 0) -> Loaded:
         """The chunk for a place ``delta`` above its own, verified; shared with tiers, so never modify it.
 
         Keys in fewer bits that no tier keeps stand there already. It is on the store's ``device`` if the tier
@@ -366,9 +366,9 @@ class LocalStore:
     def _payload(self, chunk: NewChunk) -> Payload:
         return self.codec.encode(chunk.kv, chunk.start) if isinstance(chunk.kv, Tensor) else chunk.kv
 
-    def _read(self, record: ChunkRecord, delta: int) -> Moved:
+    def _read(self, record: ChunkRecord, delta: int) -> Loaded:
         turned = 0 if record.is_lossless else delta  # decoding other keys turns them to any place
-        return Moved(self.codec.decode(self.stored(record), record.start + turned), delta - turned)
+        return Loaded(self.codec.decode(self.stored(record), record.start + turned), delta - turned)
 
 
 def _key_of(chunk: NewChunk | ChunkKey) -> ChunkKey:

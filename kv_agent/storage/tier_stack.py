@@ -28,8 +28,8 @@ from kv_agent.storage.tiers import (
     DiskTier,
     Form,
     Held,
+    Loaded,
     MemoryTier,
-    Moved,
     OnDevice,
     OnHost,
     StoredChunk,
@@ -112,7 +112,7 @@ class TierStack:
         self._moves: dict[ChunkKey, set[Move]] = {}
         self._lock = threading.Lock()
 
-    def load(self, record: ChunkRecord, delta: int = 0) -> Moved:
+    def load(self, record: ChunkRecord, delta: int = 0) -> Loaded:
         """The chunk from the fastest tier that has it or, by this look-up, gets it; never modify it.
 
         What is read for this look-up alone is moved by ``delta`` where that takes no pass of its own; a tier
@@ -124,7 +124,7 @@ class TierStack:
                 if not moves_up:
                     return self._disk.get(record, delta)
                 found = len(self._memory), self._disk.get(record, 0).kv_L2THD
-            return Moved(self._moved_up(move, record, *found) if moves_up else found[1], delta)
+            return Loaded(self._moved_up(move, record, *found) if moves_up else found[1], delta)
 
     def note_uses(self, chunks: Sequence[StoredChunk]) -> None:
         """Look-ups of chunks that somebody has in hand: they count where a tier in memory has a copy."""

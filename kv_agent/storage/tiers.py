@@ -33,8 +33,8 @@ class StoredChunk(Protocol):
     def num_tokens(self) -> int: ...
 
 
-class Moved(NamedTuple):
-    """A chunk on its way to another place: its keys are still to be moved by ``delta`` positions."""
+class Loaded(NamedTuple):
+    """A chunk for another place than its own: its keys are still to be moved by ``delta`` positions."""
 
     kv_L2THD: Tensor
     delta: int
@@ -58,19 +58,19 @@ class DiskTier:
     name = "disk"
 
     def __init__(
-        self, read: Callable[[ChunkRecord, int], Moved], counts: Callable[[], Mapping[str, int]]
+        self, read: Callable[[ChunkRecord, int], Loaded], counts: Callable[[], Mapping[str, int]]
     ) -> None:
         self._read = read
         self._counts = counts
         self._hits = 0
         self._lock = threading.Lock()
 
-    def get(self, record: ChunkRecord, delta: int) -> Moved:
+    def get(self, record: ChunkRecord, delta: int) -> Loaded:
         """See :meth:`kv_agent.storage.store.LocalStore.load`."""
-        moved = self._read(record, delta)
+        loaded = self._read(record, delta)
         with self._lock:
             self._hits += 1
-        return moved
+        return loaded
 
     def counts(self) -> dict[str, int]:
         return {**self._counts(), "hits": self._hits}

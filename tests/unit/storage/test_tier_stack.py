@@ -20,7 +20,7 @@ from kv_agent.storage.blobs import MissingBlobError
 from kv_agent.storage.policy import POLICIES, Policy, Usage
 from kv_agent.storage.ranking import AccessWindow
 from kv_agent.storage.tier_stack import TierStack, memory_tiers
-from kv_agent.storage.tiers import Compressed, DiskTier, Form, Held, MemoryTier, Moved, OnDevice, OnHost
+from kv_agent.storage.tiers import Compressed, DiskTier, Form, Held, Loaded, MemoryTier, OnDevice, OnHost
 from tests.unit.storage.builders import chain, kv_of, record_of, same_bits
 from tests.unit.storage.clock import Clock
 from tests.unit.storage.plain_tiers import NAMES, PlainTiers
@@ -153,7 +153,7 @@ def test_other_bytes_under_the_same_key_are_never_served() -> None:
 def test_a_view_that_the_disk_gives_is_copied() -> None:
     (chunk,) = chain(4)
     buffer = torch.stack([kv_of(chunk), kv_of(chunk)])
-    disk = DiskTier(lambda _record, delta: Moved(buffer[1], delta), dict)
+    disk = DiskTier(lambda _record, delta: Loaded(buffer[1], delta), dict)
     (host,) = memory_tiers(device_bytes=0, host_bytes=9999, warm_bytes=0, device=None, policy=POLICIES["lru"])
 
     kept = TierStack([host], disk, AccessWindow(1), AtOnce()).load(record_of(chunk)).kv_L2THD
@@ -165,7 +165,7 @@ def test_a_view_that_the_disk_gives_is_copied() -> None:
 def test_what_is_on_a_device_is_used_from_there_though_a_tier_keeps_a_copy() -> None:
     (chunk,) = chain(4)
     there = kv_of(chunk).to("meta")
-    disk = DiskTier(lambda _record, delta: Moved(there, delta), dict)
+    disk = DiskTier(lambda _record, delta: Loaded(there, delta), dict)
 
     class FromDevice(OnHost):
         def hold(self, kv_L2THD: Tensor) -> Tensor:
@@ -182,7 +182,7 @@ def test_what_is_on_a_device_is_used_from_there_though_a_tier_keeps_a_copy() -> 
 def test_a_chunk_is_moved_while_it_is_read_only_where_no_tier_keeps_it() -> None:
     (chunk,) = chain(4)
     kv_L2THD = torch.ones_like(kv_of(chunk))
-    disk = DiskTier(lambda _record, delta: Moved(kv_L2THD + delta, 0), dict)
+    disk = DiskTier(lambda _record, delta: Loaded(kv_L2THD + delta, 0), dict)
     (host,) = memory_tiers(device_bytes=0, host_bytes=9999, warm_bytes=0, device=None, policy=POLICIES["lru"])
 
     alone = TierStack([], disk, AccessWindow(1), AtOnce())

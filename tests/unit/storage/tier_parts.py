@@ -17,7 +17,7 @@ from kv_agent.storage.codecs import Payload
 from kv_agent.storage.compression import compress
 from kv_agent.storage.store import NewChunk
 from kv_agent.storage.tier_stack import TierStack
-from kv_agent.storage.tiers import DiskTier, Moved
+from kv_agent.storage.tiers import DiskTier, Loaded
 from tests.unit.storage.builders import chain, kv_of, record_of
 
 WAIT_S = 30.0
@@ -40,10 +40,10 @@ class Disk:
         self.lost: set[ChunkKey] = set()
         self.tier = DiskTier(self._read, self.totals)
 
-    def _read(self, record: ChunkRecord, delta: int) -> Moved:
+    def _read(self, record: ChunkRecord, delta: int) -> Loaded:
         if record.key in self.lost:
             raise MissingBlobError(record.key)
-        return Moved(kv_of(self.chunks[record.key]).clone(), delta)
+        return Loaded(kv_of(self.chunks[record.key]).clone(), delta)
 
     def totals(self) -> dict[str, int]:
         return {"bytes": sum(chunk.kv.nbytes for chunk in self.chunks.values()), "chunks": len(self.chunks)}

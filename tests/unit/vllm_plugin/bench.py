@@ -17,7 +17,7 @@ from kv_agent.kv.block_kernels import Strided
 from kv_agent.kv.rope import RotaryScheme
 from kv_agent.storage.codecs import PLAIN, Codec
 from kv_agent.storage.store import LocalStore, NewChunk
-from kv_agent.storage.tiers import Moved
+from kv_agent.storage.tiers import Loaded
 from kv_agent.storage.turn_writes import AddResult
 from kv_agent.vllm_plugin.chains import cut_segments
 from kv_agent.vllm_plugin.jobs import CaptureJob, ChunkLoad, LoadFailure, LoadJob, StepJobs, WorkerReport
@@ -137,7 +137,7 @@ class TroubledStore(LocalStore):
         self.may_load.set()
         self.may_put.set()
 
-    def load(self, record: ChunkRecord, delta: int = 0) -> Moved:
+    def load(self, record: ChunkRecord, delta: int = 0) -> Loaded:
         assert self.may_load.wait(WAIT_S)
         if self.load_error is not None:
             raise self.load_error

@@ -12,7 +12,7 @@ import torch
 from kv_agent.chunks import ChunkRecord
 from kv_agent.kv.rope import rotate_keys
 from kv_agent.storage.codecs import Codec
-from kv_agent.storage.tiers import Moved
+from kv_agent.storage.tiers import Loaded
 from tests.unit.storage.builders import same_bits
 from tests.unit.vllm_plugin.bench import NUM_BLOCKS, SCHEME, Bench, P, capture_job, load_job, slots
 
@@ -142,7 +142,7 @@ def test_the_chunks_of_one_plan_are_read_side_by_side(bench: Bench, monkeypatch:
     together = threading.Barrier(2)  # as many as there are threads: one that reads alone waits in vain
     load = bench.store.load
 
-    def load_together(record: ChunkRecord, delta: int) -> Moved:
+    def load_together(record: ChunkRecord, delta: int) -> Loaded:
         together.wait(timeout=20)
         return load(record, delta)
 
